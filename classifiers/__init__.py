@@ -1,0 +1,1 @@
+"""Prompt encoders and heads. A leaf package: it imports nothing of `router`."""

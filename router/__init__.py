@@ -1,0 +1,1 @@
+"""Farthing: a cost-aware LLM gateway."""
