@@ -1,0 +1,1 @@
+"""The HTTP edge: plain ASGI on the data plane, FastAPI on the admin plane."""

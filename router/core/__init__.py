@@ -1,0 +1,1 @@
+"""Nouns and rules of the gateway. Nothing here does I/O."""

@@ -1,0 +1,277 @@
+"""The nouns of the gateway: money, usage, prices, callers, requests and ledger rows.
+
+Everything here is a frozen value. Money is an integer count of nano-USD (1 USD = 10**9) or, in a price
+record, a Decimal in USD per million tokens. Durations are seconds as float unless a name ends in `_ms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Literal, NewType
+
+NanoUSD = NewType("NanoUSD", int)
+NANO_PER_USD = 1_000_000_000
+
+PromptClass = Literal["simple", "medium", "complex"]
+PROMPT_CLASSES: tuple[PromptClass, ...] = ("simple", "medium", "complex")
+
+CacheOutcome = Literal["miss", "exact", "semantic"]
+RequestStatus = Literal["complete", "failed", "cut", "cancelled"]
+AttemptOutcome = Literal["complete", "failed", "timeout", "cut", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Disjoint token counts of one answer; they add up, so no token is billed twice.
+
+    Providers report cached tokens as part of the prompt and reasoning tokens as part of the completion;
+    an adapter takes them apart before it builds this value.
+    """
+
+    input: int = 0
+    input_cached: int = 0
+    cache_write: int = 0
+    input_audio: int = 0
+    input_image: int = 0
+    output: int = 0
+    output_reasoning: int = 0
+    output_audio: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.quantities()) < 0:
+            raise ValueError("usage holds a negative token count")
+
+    def quantities(self) -> tuple[int, ...]:
+        return (
+            self.input,
+            self.input_cached,
+            self.cache_write,
+            self.input_audio,
+            self.input_image,
+            self.output,
+            self.output_reasoning,
+            self.output_audio,
+        )
+
+    def buckets(self) -> Iterator[tuple[str, int]]:
+        """Every bucket that holds at least one token, in declaration order."""
+        for name, quantity in zip(BUCKETS, self.quantities(), strict=True):
+            if quantity:
+                yield name, quantity
+
+    @property
+    def input_total(self) -> int:
+        return self.input + self.input_cached + self.cache_write + self.input_audio + self.input_image
+
+    @property
+    def output_total(self) -> int:
+        return self.output + self.output_reasoning + self.output_audio
+
+
+BUCKETS: tuple[str, ...] = tuple(f.name for f in fields(Usage))
+INPUT_BUCKETS = BUCKETS[:5]
+OUTPUT_BUCKETS = BUCKETS[5:]
+
+
+@dataclass(frozen=True, slots=True)
+class PriceRecord:
+    """What one model costs from `effective_from` on. Immutable: a change is a new record with a new id.
+
+    `unit_prices` (billed) and `list_prices` (before a contract's discount) hold USD per million tokens for
+    every bucket, at most nine decimals. `marginal_prices` is what one more request really costs on a
+    machine that is already paid for; it steers routing and never appears in a cost line.
+    """
+
+    id: str
+    provider: str
+    model: str
+    effective_from: datetime
+    unit_prices: Mapping[str, Decimal]
+    list_prices: Mapping[str, Decimal]
+    marginal_prices: Mapping[str, Decimal]
+    source: str
+    contract: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CostLine:
+    """One bucket of one attempt, priced. `unit_price` and `list_price` are nano-USD per million tokens."""
+
+    bucket: str
+    quantity: int
+    unit_price: int
+    list_price: int
+    amount: NanoUSD
+    list_amount: NanoUSD
+    price_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sends a request. `tags` maps a tag's key to its values; a caller can add to them, never remove."""
+
+    key_id: str
+    team: str
+    app: str | None = None
+    tags: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A chat completion request, parsed once. `text` is the body as received; `spans` locates its top-level
+    values as (start, end) offsets into `text`, so that an edit leaves every other byte alone.
+    """
+
+    text: str
+    body: Mapping[str, Any]
+    spans: Mapping[str, tuple[int, int]]
+    model: str
+    stream: bool
+    include_usage: bool
+    choices: int
+    max_output: int | None
+    needs: frozenset[str]
+    parameters: frozenset[str]
+    input_tokens: int
+    input_bound: int
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One call to a provider. `cost` is None where the model has no known price; never 0 for unknown."""
+
+    index: int
+    provider: str
+    model: str
+    upstream_model: str
+    started_at: datetime
+    outcome: AttemptOutcome
+    status_code: int | None = None
+    error: str | None = None
+    first_token_ms: float | None = None
+    duration_ms: float = 0.0
+    usage: Usage = Usage()
+    estimated: bool = False
+    lines: tuple[CostLine, ...] = ()
+    cost: NanoUSD | None = None
+    price: PriceRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetWindow:
+    """One budget in one month: `key` is `organisation`, `team:NAME` or `app:TEAM/NAME`; `period` is `2026-11`
+    in the organisation's timezone, taken at admission.
+    """
+
+    key: str
+    period: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRecord:
+    """Written before dispatch: enough to book a request whose process dies. `price` is that of the first
+    model of the plan, `input_tokens` and `output_tokens` the forecast an estimate is made from.
+    """
+
+    id: str
+    opened_at: datetime
+    key_id: str
+    team: str
+    app: str | None
+    cost_center: str | None
+    endpoint: str
+    requested_model: str
+    prompt_class: str | None
+    streamed: bool
+    policy_hash: str
+    budgets: tuple[BudgetWindow, ...]
+    worst_case: NanoUSD
+    input_tokens: int
+    output_tokens: int
+    caller_request_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """Written when a call to a provider is about to be made."""
+
+    request_id: str
+    index: int
+    provider: str
+    model: str
+    upstream_model: str
+    started_at: datetime
+    price: PriceRecord | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """The one ledger entry of one admitted request, with all its attempts.
+
+    `baseline` is the cost of the same usage on the reference model. The savings identity holds in integers:
+    baseline - cost = routing_savings + cache_savings - overhead, where overhead is the cost of attempts that
+    did not serve the answer. All of them are None when the cost or the baseline has no known price.
+    """
+
+    id: str
+    opened_at: datetime
+    settled_at: datetime
+    key_id: str
+    team: str
+    app: str | None
+    cost_center: str | None
+    tags: Mapping[str, tuple[str, ...]]
+    endpoint: str
+    caller_request_id: str | None
+    requested_model: str
+    baseline_model: str | None
+    served_model: str | None
+    served_provider: str | None
+    streamed: bool
+    prompt_class: str | None
+    difficulty: float | None
+    confidence: float | None
+    encoder: str | None
+    decision: str
+    dropped: Mapping[str, str]
+    propensity: float
+    policy_hash: str
+    exceptions: tuple[str, ...]
+    budgets: tuple[BudgetWindow, ...]
+    cache: CacheOutcome
+    cache_entry: str | None
+    status: RequestStatus
+    http_status: int
+    error: str | None
+    estimated: bool
+    unpriced: bool
+    usage: Usage
+    worst_case: NanoUSD
+    cost: NanoUSD | None
+    baseline: NanoUSD | None
+    routing_savings: NanoUSD | None
+    cache_savings: NanoUSD | None
+    overhead: NanoUSD | None
+    potential_savings: NanoUSD | None
+    first_token_ms: float | None
+    duration_ms: float
+    attempts: tuple[Attempt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveStatus:
+    """What is known right now of one model: its circuit breaker and its recent latency.
+
+    `first_token_p95` in seconds and `tokens_per_second` are None while there are too few observations.
+    """
+
+    available: bool = True
+    reason: str = ""
+    first_token_p95: float | None = None
+    tokens_per_second: float | None = None
+    observations: int = 0
+    warm: bool = False

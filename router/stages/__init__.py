@@ -1,0 +1,1 @@
+"""The stages one request passes, one file each."""
