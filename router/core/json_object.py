@@ -1,0 +1,177 @@
+"""Reads a JSON object once and remembers where each top-level value stands.
+
+The gateway forwards a request as the caller wrote it: numbers keep their digits and unknown fields stay.
+So an edit replaces the bytes of one value and nothing is serialised again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from json import decoder
+from typing import Any, NoReturn
+
+from router.core.errors import InvalidRequest
+
+MAX_DEPTH = 64
+_WHITESPACE = " \t\n\r"
+
+
+@dataclass(frozen=True, slots=True)
+class JsonObject:
+    """`values` by name and `spans`: (start, end) offsets of each value in `text`."""
+
+    text: str
+    values: Mapping[str, Any]
+    spans: Mapping[str, tuple[int, int]]
+
+
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+# The C scanner json itself uses: (text, index after the quote, strict) -> (string, index after it).
+scanstring: Callable[[str, int, bool], tuple[str, int]] = decoder.scanstring  # type: ignore[attr-defined]
+_decoder = json.JSONDecoder(parse_constant=_reject_constant)
+
+
+def parse_object(raw: bytes) -> JsonObject:
+    """The top-level object of `raw` (RFC 8259, UTF-8).
+
+    Raises InvalidRequest: not UTF-8, not JSON, not an object, a top-level key given twice, nested deeper than
+    MAX_DEPTH.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"The body is not UTF-8 (byte {error.start}). Send JSON encoded as UTF-8.", code="invalid_json"
+        ) from None
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
+        _check_depth(text)
+    try:
+        return _scan(text)
+    except (ValueError, RecursionError) as error:
+        position = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InvalidRequest(
+            f"The body is not valid JSON{position}. Send one JSON object.", code="invalid_json"
+        ) from None
+
+
+def _scan(text: str) -> JsonObject:
+    values: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
+    at = _skip(text, 0)
+    if text[at : at + 1] != "{":
+        raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+    at = _skip(text, at + 1)
+    if text[at : at + 1] == "}":
+        at += 1
+    else:
+        while True:
+            if text[at : at + 1] != '"':
+                raise json.JSONDecodeError("expected a name", text, at)
+            name, at = scanstring(text, at + 1, True)
+            at = _skip(text, at)
+            if text[at : at + 1] != ":":
+                raise json.JSONDecodeError("expected ':'", text, at)
+            start = _skip(text, at + 1)
+            value, at = _decoder.raw_decode(text, start)
+            if name in values:
+                raise InvalidRequest(
+                    f"The field {name[:64]!r} is given twice. Two readers of this body could see two "
+                    "different requests: send it once.",
+                    param=name[:64],
+                    code="duplicate_field",
+                )
+            values[name] = value
+            spans[name] = (start, at)
+            at = _skip(text, at)
+            separator = text[at : at + 1]
+            if separator == "}":
+                at += 1
+                break
+            if separator != ",":
+                raise json.JSONDecodeError("expected ',' or '}'", text, at)
+            at = _skip(text, at + 1)
+    if _skip(text, at) != len(text):
+        raise json.JSONDecodeError("more after the object", text, at)
+    return JsonObject(text, values, spans)
+
+
+def _skip(text: str, at: int) -> int:
+    while text[at : at + 1] in _WHITESPACE and at < len(text):
+        at += 1
+    return at
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    at = 0
+    length = len(text)
+    while at < length:
+        character = text[at]
+        if character == '"':
+            try:
+                _, at = scanstring(text, at + 1, True)
+            except ValueError:
+                return  # the parser that follows says where
+            continue
+        if character in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise InvalidRequest(
+                    f"The body is nested deeper than {MAX_DEPTH} levels. Flatten it.", code="too_deep"
+                )
+        elif character in "]}":
+            depth -= 1
+        at += 1
+
+
+def edit(
+    text: str, spans: Mapping[str, tuple[int, int]], changes: Mapping[str, Any], renames: Mapping[str, str]
+) -> bytes:
+    """`text` with some top-level values replaced or added and some names changed; all else byte for byte.
+
+    `changes` maps a name to its new value, `renames` an old name to a new one. A name that is not there is
+    added by `changes` and ignored by `renames`.
+    """
+    pieces: list[tuple[int, int, str]] = []
+    added: list[str] = []
+    for name, value in changes.items():
+        if name in spans:
+            start, end = spans[name]
+            pieces.append((start, end, json.dumps(value, ensure_ascii=False)))
+        else:
+            added.append(f"{json.dumps(name)}:{json.dumps(value, ensure_ascii=False)}")
+    for old, new in renames.items():
+        if old in spans:
+            start, end = _name_span(text, spans, old)
+            pieces.append((start, end, json.dumps(new)))
+    result = _splice(text, pieces)
+    if added:
+        close = result.rindex("}")
+        separator = "," if spans else ""
+        result = result[:close] + separator + ",".join(added) + result[close:]
+    return result.encode("utf-8")
+
+
+def _name_span(text: str, spans: Mapping[str, tuple[int, int]], name: str) -> tuple[int, int]:
+    """Where the name before a value stands: between the end of the value before it and its own value."""
+    value_start = spans[name][0]
+    before = max((end for _, end in spans.values() if end <= value_start), default=0)
+    start = text.index('"', before)
+    _, end = scanstring(text, start + 1, True)
+    return start, end
+
+
+def _splice(text: str, pieces: Sequence[tuple[int, int, str]]) -> str:
+    parts: list[str] = []
+    at = 0
+    for start, end, replacement in sorted(pieces):
+        parts.append(text[at:start])
+        parts.append(replacement)
+        at = end
+    parts.append(text[at:])
+    return "".join(parts)
