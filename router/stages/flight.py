@@ -1,0 +1,199 @@
+"""One call in progress and everyone who waits for its answer.
+
+The call is a task of its own: it ends when its last subscriber leaves, not when the request that started it
+does. What it produced so far is kept, so that an identical request that comes later gets it from the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from router.core.types import Usage
+
+AHEAD = 256 * 1024
+"""Bytes a call may be ahead of its fastest subscriber before it stops reading from the provider."""
+KEEP = 4 * 1024 * 1024
+"""Bytes kept for late joiners and the cache; an answer above it can no longer be joined."""
+
+
+class UsageFrame(bytes):
+    """A stream frame that only carries usage; a subscriber that did not ask for usage does not get it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What is known once the answer begins."""
+
+    status: int
+    content_type: str
+    model: str
+    provider: str
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is known once the answer has ended. `complete`: it ended as the provider meant it to."""
+
+    complete: bool
+    usage: Usage
+    estimated: bool
+    cost: int | None
+    entry: str | None = None
+
+
+class FlightLost(Exception):
+    """This subscriber fell too far behind an answer that is larger than what is kept."""
+
+
+class Flight:
+    """Start it with `start`; read it through `subscribe`. `key` is None for a call nobody else may join."""
+
+    def __init__(self, key: str | None, stream: bool, drain: bool = False) -> None:
+        self.key = key
+        self.stream = stream
+        self.drain = drain
+        self.outcome: Outcome | None = None
+        self.error: BaseException | None = None
+        self.head: Head | None = None
+        self.followers = 0
+        self._frames: list[bytes] = []
+        self._dropped = 0
+        self._kept = 0
+        self._produced = 0
+        self._finished = False
+        self._subscribers: set[Subscription] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+
+    def start(self, run: Callable[[Flight], Awaitable[None]], done: Callable[[Flight], None]) -> None:
+        async def fly() -> None:
+            try:
+                await run(self)
+            except asyncio.CancelledError as error:
+                self.error = self.error or error
+                raise
+            except BaseException as error:
+                self.error = error
+            finally:
+                self._finished = True
+                done(self)
+                self._wake()
+
+        self._task = asyncio.get_running_loop().create_task(fly())
+
+    @property
+    def joinable(self) -> bool:
+        """Whether a new subscriber would still get the answer from its first byte."""
+        return not self._finished and self._dropped == 0 and self.error is None
+
+    @property
+    def body(self) -> bytes | None:
+        """The whole answer, where it was small enough to be kept."""
+        return None if self._dropped else b"".join(self._frames)
+
+    def subscribe(self) -> Subscription:
+        subscription = Subscription(self)
+        self._subscribers.add(subscription)
+        return subscription
+
+    def begin(self, head: Head) -> None:
+        self.head = head
+        self._wake()
+
+    def append(self, frame: bytes) -> None:
+        self._frames.append(frame)
+        self._kept += len(frame)
+        self._produced += len(frame)
+        if self._kept > KEEP:
+            self._forget()
+        self._wake()
+
+    async def room(self) -> None:
+        """Waits while every subscriber is more than AHEAD bytes behind."""
+        while self._subscribers and self._behind() > AHEAD:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+
+    def _behind(self) -> int:
+        return min(self._produced - subscriber.consumed for subscriber in self._subscribers)
+
+    def _forget(self) -> None:
+        fastest = max((subscriber.at for subscriber in self._subscribers), default=0)
+        count = max(0, min(fastest - self._dropped, len(self._frames) // 2))
+        self._kept -= sum(map(len, self._frames[:count]))
+        del self._frames[:count]
+        self._dropped += count
+
+    def _wake(self) -> None:
+        for subscriber in self._subscribers:
+            subscriber.wake()
+
+    def _consumed(self) -> None:
+        room = self._room
+        if room is not None and not room.done() and (not self._subscribers or self._behind() <= AHEAD):
+            room.set_result(None)
+
+    def _leave(self, subscription: Subscription) -> None:
+        self._subscribers.discard(subscription)
+        self._consumed()
+        if not self._subscribers and not self._finished and not self.drain and self._task is not None:
+            self._task.cancel()
+
+
+class Subscription:
+    """One reader of a flight. `close` must be called; it ends the call when nobody else reads it."""
+
+    def __init__(self, flight: Flight) -> None:
+        self.flight = flight
+        self.at = 0
+        self.consumed = 0
+        self._waiter: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def head(self) -> Head:
+        """Waits for the answer to begin. Raises what ended the call before that."""
+        flight = self.flight
+        while flight.head is None:
+            if flight._finished:
+                raise flight.error or asyncio.CancelledError()
+            await self._wait()
+        return flight.head
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """Every frame from the first. Ends with the call; its error, if any, is the caller's to look at."""
+        flight = self.flight
+        while True:
+            index = self.at - flight._dropped
+            if index < 0:
+                raise FlightLost()
+            if index < len(flight._frames):
+                frame = flight._frames[index]
+                self.at += 1
+                self.consumed += len(frame)
+                yield frame
+                flight._consumed()
+            elif flight._finished:
+                return
+            else:
+                await self._wait()
+
+    async def finished(self) -> None:
+        """Waits for the end of the call."""
+        async for _ in self.frames():
+            pass
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def close(self) -> None:
+        self.flight._leave(self)
