@@ -31,13 +31,16 @@ demo-local: $(RUNTIME) ## The demo with a real local model (compiles llama.cpp f
 	@FARTHING_DEMO=$(BIN)/farthing PYTHON=$(BIN)/python bash deploy/demo-local.sh $(ARGS)
 
 test: $(DEV) ## Run all tests
-	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 check: $(DEV) ## Formatting, lint, types and import rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+test-encoders: $(VENV)-encoders/.farthing ## Run the encoders' contract suite with sentence-transformers as well (brings torch, in $(VENV)-encoders)
+	@$(VENV)-encoders/bin/python -m pytest tests -k encoder $(ARGS)
 
 format: $(DEV) ## Format the code and fix what lint can fix
 	@$(BIN)/ruff format .
@@ -48,6 +51,7 @@ bench: $(DEV) ## Measure speed and size side by side with a direct call and ngin
 
 lock: $(VENV)/.farthing-build ## Resolve the dependencies anew and write the hashed locks (LOCK_ARGS=--upgrade for newer versions)
 	@$(COMPILE) --group build -o requirements-build.lock
+	@$(COMPILE) --group local-model -o requirements-local-model.lock
 	@$(COMPILE) -o requirements.lock pyproject.toml
 	@$(COMPILE) -c requirements.lock --extra dev --extra train -o requirements-dev.lock pyproject.toml
 
@@ -77,4 +81,12 @@ $(RUNTIME): $(VENV)/.farthing-build requirements.lock pyproject.toml
 $(DEV): $(RUNTIME) requirements-dev.lock
 	@echo "Installing the development tools into $(VENV) ..."
 	@$(INSTALL) --require-hashes -r requirements-dev.lock
+	@touch $@
+
+# torch has builds of several gigabytes for GPUs; TORCH= names the one to take.
+TORCH ?= torch==2.13.0
+$(VENV)-encoders/.farthing: requirements-build.lock requirements-dev.lock pyproject.toml
+	@$(MAKE) --no-print-directory VENV=$(VENV)-encoders $(VENV)-encoders/.farthing-dev
+	@echo "Installing $(TORCH) and sentence-transformers into $(VENV)-encoders ..."
+	@$(VENV)-encoders/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) "sentence-transformers>=5"
 	@touch $@
