@@ -69,6 +69,12 @@ class Flight:
         self._room: asyncio.Future[None] | None = None
 
     def start(self, run: Callable[[Flight], Awaitable[None]], done: Callable[[Flight], None]) -> None:
+        def end() -> None:
+            if not self._finished:
+                self._finished = True
+                done(self)
+                self._wake()
+
         async def fly() -> None:
             try:
                 await run(self)
@@ -78,11 +84,11 @@ class Flight:
             except BaseException as error:
                 self.error = error
             finally:
-                self._finished = True
-                done(self)
-                self._wake()
+                end()
 
         self._task = asyncio.get_running_loop().create_task(fly())
+        # A task cancelled before its first step never enters its own `finally`.
+        self._task.add_done_callback(lambda _: end())
 
     @property
     def joinable(self) -> bool:

@@ -1,0 +1,70 @@
+"""What is known of one request while it passes through the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from classifiers.classifier import Verdict
+from router.core.decide import Plan, Question
+from router.core.policy import EffectivePolicy
+from router.core.ports import Snapshot
+from router.core.types import (
+    Attempt,
+    BudgetWindow,
+    CacheOutcome,
+    Caller,
+    ChatRequest,
+    NanoUSD,
+    PriceRecord,
+    RequestStatus,
+)
+from router.stages.admit import Wishes
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and what became of it. Each stage fills its own part; settle turns it into a ledger row."""
+
+    # admit and normalise
+    id: str
+    endpoint: str
+    opened_at: datetime
+    started: float
+    caller: Caller
+    wishes: Wishes
+    request: ChatRequest
+    snapshot: Snapshot
+    policy: EffectivePolicy
+    reference: str | None
+    baseline_name: str | None
+    baseline_price: PriceRecord | None
+    conversation: str | None = None
+
+    # classify and decide
+    verdict: Verdict | None = None
+    question: Question | None = None
+    plan: Plan | None = None
+    prices: Mapping[str, PriceRecord | None] = field(default_factory=dict)
+
+    # reserve
+    windows: tuple[BudgetWindow, ...] = ()
+    worst_case: NanoUSD = NanoUSD(0)
+    reserved: bool = False
+
+    # dispatch
+    attempts: list[Attempt] = field(default_factory=list)
+    first_token_ms: float | None = None
+
+    # how it ended
+    cache: CacheOutcome = "miss"
+    cache_entry: str | None = None
+    status: RequestStatus = "failed"
+    http_status: int = 500
+    error: str | None = None
+    settled: bool = False
+
+    @property
+    def prompt_class(self) -> str | None:
+        return self.verdict.prompt_class if self.verdict is not None else None

@@ -1,0 +1,137 @@
+"""Holds the worst case of a request in every budget it falls under, before anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from router.core.decide import NoPlan, Plan
+from router.core.errors import BudgetExceeded, BudgetHeld, FarthingError, InvalidRequest, RequestError
+from router.core.policy import BudgetLimit, EffectivePolicy, ModelSpec
+from router.core.ports import BudgetCharge, BudgetStore, Denied
+from router.core.pricing import worst_case
+from router.core.types import NANO_PER_USD, BudgetWindow, ChatRequest, NanoUSD
+from router.stages.exchange import Exchange
+
+_BOUNDED_NEEDS = frozenset({"tools", "json_schema", "vision", "audio"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Hold:
+    plan: Plan
+    amount: NanoUSD
+
+
+class Reserve:
+    def __init__(self, budgets: BudgetStore) -> None:
+        self._budgets = budgets
+
+    async def hold(self, exchange: Exchange, downgraded: Callable[[], Plan | NoPlan]) -> None:
+        """Sets the plan that can be afforded, its windows and its worst case on the exchange.
+
+        `downgraded` decides again for a budget at its limit. Raises BudgetExceeded, BudgetHeld, InvalidRequest
+        or UnavailableError.
+        """
+        policy, plan = exchange.policy, exchange.plan
+        assert plan is not None
+        capped = any(limit.hard_cap is not None for limit in policy.budgets)
+        unbounded = exchange.request.needs - _BOUNDED_NEEDS
+        if capped and unbounded:
+            raise InvalidRequest(
+                f"The cost of {', '.join(sorted(unbounded))} content has no known bound, and a budget with a "
+                "hard cap covers this caller. Leave it out, or lift the cap.",
+                param="messages",
+                code="unbounded_cost",
+            )
+        exchange.windows = tuple(BudgetWindow(limit.key, policy.period) for limit in policy.budgets)
+        held = await self._try(exchange, plan, _charges(policy.budgets, policy.period, soft=True))
+        if isinstance(held, Denied) and any(limit.at_limit == "downgrade" for limit in policy.budgets):
+            cheaper = downgraded()
+            if isinstance(cheaper, Plan):
+                held = await self._try(exchange, cheaper, _charges(policy.budgets, policy.period, soft=False))
+        if isinstance(held, Denied):
+            raise _refusal(held)
+        exchange.plan, exchange.worst_case = held.plan, held.amount
+        exchange.reserved = True
+
+    async def _try(
+        self, exchange: Exchange, plan: Plan, charges: Sequence[BudgetCharge]
+    ) -> _Hold | Denied:
+        denied: Denied | None = None
+        capped = any(charge.cap is not None for charge in charges)
+        dropped = dict(plan.dropped)
+        for index, name in enumerate(plan.models):
+            amount = worst_case_of(exchange, name)
+            if amount is None:
+                if capped:
+                    dropped[name] = "unpriced: its cost cannot be held in a budget"
+                    continue
+                amount = NanoUSD(0)
+            outcome = await self._budgets.reserve(exchange.id, charges, amount)
+            if not isinstance(outcome, Denied):
+                return _Hold(replace(plan, models=plan.models[index:], dropped=dropped), amount)
+            dropped[name] = f"its worst case does not fit budget {outcome.charge.window.key}"
+            if denied is None or outcome.only_held:
+                denied = outcome
+        if denied is None:
+            raise BudgetExceeded(
+                "No model of the plan has a known price, and a budget with a hard cap covers this caller. Add "
+                "prices to providers.yaml."
+            )
+        return denied
+
+    async def top_up(self, exchange: Exchange, amount: NanoUSD) -> bool:
+        """Adds to the hold for another attempt, or for a stream that outgrows it. False: there is no room."""
+        charges = _charges(exchange.policy.budgets, exchange.policy.period, soft=False)
+        try:
+            outcome = await self._budgets.reserve(exchange.id, charges, amount)
+        except FarthingError:
+            return False
+        if isinstance(outcome, Denied):
+            return False
+        exchange.worst_case = NanoUSD(exchange.worst_case + amount)
+        return True
+
+
+def worst_case_of(exchange: Exchange, name: str) -> NanoUSD | None:
+    """design.md section 6; None where the model has no known price."""
+    price = exchange.prices.get(name)
+    if price is None:
+        return None
+    request, model = exchange.request, exchange.snapshot.models[name]
+    return worst_case(price, request.input_bound, request.choices, output_bound(request, model, exchange.policy))
+
+
+def output_bound(request: ChatRequest, model: ModelSpec, policy: EffectivePolicy) -> int:
+    """Output tokens of one choice the hold covers."""
+    asked = request.max_output or policy.assume_max_output
+    return max(1, min(asked, model.max_output, model.context - request.input_tokens))
+
+
+def _charges(limits: Sequence[BudgetLimit], period: str, *, soft: bool) -> tuple[BudgetCharge, ...]:
+    return tuple(
+        BudgetCharge(BudgetWindow(limit.key, period), _cap(limit) if soft else limit.hard_cap)
+        for limit in limits
+    )
+
+
+def _cap(limit: BudgetLimit) -> NanoUSD | None:
+    if limit.limit is None:
+        return limit.hard_cap
+    return limit.limit if limit.hard_cap is None else min(limit.limit, limit.hard_cap)
+
+
+def _refusal(denied: Denied) -> RequestError:
+    budget = f"{denied.charge.window.key} ({denied.charge.window.period})"
+    if denied.only_held:
+        return BudgetHeld(
+            f"The rest of budget {budget} is held by requests in flight. Try again shortly.", retry_after=1
+        )
+    return BudgetExceeded(
+        f"Budget {budget} is spent: {_usd(denied.reading.spent)} of {_usd(denied.charge.cap or 0)} USD, and this "
+        "request's worst case does not fit. Send a lower max_tokens, or have the budget raised in policy.yaml."
+    )
+
+
+def _usd(amount: int) -> str:
+    return f"{amount / NANO_PER_USD:.4f}"
