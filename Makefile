@@ -69,7 +69,7 @@ $(VENV)/.farthing-build: requirements-build.lock
 	(sys.platform, platform.machine()) in {("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")} or \
 	sys.exit("Farthing runs on Linux (x86_64, aarch64) and macOS (arm64), this is %s %s: use the container, deploy/Dockerfile." % (sys.platform, platform.machine()))'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "venv failed: on Debian and Ubuntu 'apt-get install python3-venv' brings it." >&2; rm -rf $(VENV); exit 2; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-build.lock
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-build.lock
 	@touch $@
 
 $(RUNTIME): $(VENV)/.farthing-build requirements.lock pyproject.toml
@@ -88,5 +88,5 @@ TORCH ?= torch==2.13.0
 $(VENV)-encoders/.farthing: requirements-build.lock requirements-dev.lock pyproject.toml
 	@$(MAKE) --no-print-directory VENV=$(VENV)-encoders $(VENV)-encoders/.farthing-dev
 	@echo "Installing $(TORCH) and sentence-transformers into $(VENV)-encoders ..."
-	@$(VENV)-encoders/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) "sentence-transformers>=5"
+	@$(VENV)-encoders/bin/python -m pip install -qq --disable-pip-version-check $(TORCH) "sentence-transformers>=5"
 	@touch $@

@@ -1,8 +1,11 @@
 """What may not be in the repository: an index address, a path of one machine, an unhashed requirement."""
 
+import ast
 import re
 import subprocess
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -139,3 +142,42 @@ def test_no_machine_path_and_no_index_host() -> None:
         if (match := forbidden.search(line))
     ]
     assert not findings
+
+
+# Modules that run only by hand, in the environment their docstring describes.
+MAKERS = {"classifiers/make_encoders.py"}
+# Parts that a declared distribution pins to exactly its own version.
+PARTS = {"pydantic-core": "pydantic"}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of the absolute imports of a file, those inside functions too."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named = {
+        node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level
+    }
+    return {name.split(".")[0] for name in plain | named}
+
+
+@pytest.mark.parametrize(
+    ("folders", "extras"),
+    [(["router", "classifiers"], ["sentence-transformers", "train"]), (["migrations"], [])],
+    ids=["packages", "migrations"],
+)
+def test_every_import_is_declared(folders: list[str], extras: list[str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    items = project["dependencies"] + [
+        item for extra in extras for item in project["optional-dependencies"][extra]
+    ]
+    declared = {re.split(r"[\[<>=!~; ]", item)[0].lower().replace("_", "-") for item in items}
+    distributions = packages_distributions()
+    undeclared = {}
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        if path.relative_to(ROOT).as_posix() in MAKERS:
+            continue
+        for name in imported(path) - sys.stdlib_module_names - {"router", "classifiers", "__future__"}:
+            sources = {source.lower().replace("_", "-") for source in distributions.get(name, [name])}
+            if not {PARTS.get(source, source) for source in sources} & declared:
+                undeclared[name] = path.relative_to(ROOT).as_posix()
+    assert not undeclared, "declare them in pyproject.toml and run `make lock`"
