@@ -1,0 +1,266 @@
+"""Train the shipped heads from `data/prompts/*.jsonl` and report how good they are.
+
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m classifiers.train
+
+needs scikit-learn beside the run-time packages. Writes `head-static.*`, `head-minilm.*`, `scores.json` and the
+heads' ids in `manifest.json`. With one thread two runs on one machine give the same bytes.
+
+All scores are leave-one-kind-out: the head never saw a prompt of the kind it is judged on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import accuracy_score, f1_score
+from sklearn.preprocessing import StandardScaler
+
+from classifiers import artefact, features
+from classifiers.encoder import DATA_DIRECTORY, Encoder, MiniLMEncoder, StaticEncoder
+from classifiers.head import CLASSES, class_of
+
+VERSION = "1"
+REGULARISATION = (0.0003, 0.001, 0.003, 0.01)
+TEMPERATURES = np.linspace(0.4, 2.5, 43)
+# Share of familiar-enough training prompts; the rest counts as unfamiliar.
+FAMILIAR_SHARE = 0.95
+# Share of prompts for which the transformer is asked.
+TRANSFORMER_SHARE = 0.3
+
+KINDS = {
+    "chat": "chat",
+    "classify": "classification",
+    "code_debug": "debugging",
+    "code_write": "coding task",
+    "creative": "creative writing",
+    "data_sql": "data or SQL question",
+    "document": "question on a pasted text",
+    "extraction": "extraction",
+    "format": "format conversion",
+    "languages": "prompt in another language",
+    "legal_finance": "legal or financial question",
+    "long_trivial": "small question in a long text",
+    "lookup": "factual question",
+    "maths": "mathematics",
+    "planning": "planning",
+    "proofs": "proof or theorem",
+    "rewrite": "rewriting",
+    "science": "science question",
+    "short_hard": "terse hard question",
+    "summarise": "summary",
+    "system_design": "system design",
+    "tool_use": "tool use",
+    "translate": "translation",
+}
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    texts: list[str]
+    kinds: NDArray[np.str_]
+    classes: NDArray[np.int64]
+    log_tokens: Floats
+    sha256: str
+
+
+def read_prompts(directory: Path) -> Prompts:
+    """Read all prompts in order of file and line. Raises ValueError naming file and line of a bad one."""
+    texts, kinds, classes, tokens, digest = [], [], [], [], hashlib.sha256()
+    for path in sorted(directory.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            digest.update(line.encode())
+            row = json.loads(line)
+            if row["class"] not in CLASSES or row["kind"] not in KINDS:
+                raise ValueError(f"{path.name}:{number}: unknown class or kind")
+            texts.append(row["text"])
+            kinds.append(row["kind"])
+            classes.append(CLASSES.index(row["class"]))
+            tokens.append(float(row["output_tokens"]))
+    return Prompts(texts, np.array(kinds), np.array(classes), np.log(tokens), digest.hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Linear maps from raw features: columns are the three classes and log(output tokens)."""
+
+    weights: Floats
+    bias: Floats
+
+
+def fit(x: Floats, prompts: Prompts, rows: NDArray[Any], c: float) -> Fit:
+    scaler = StandardScaler().fit(x[rows])
+    scaled = scaler.transform(x[rows])
+    classes = LogisticRegression(C=c, class_weight="balanced", max_iter=2000, tol=1e-8)
+    classes.fit(scaled, prompts.classes[rows])
+    tokens = Ridge(alpha=0.5 / c).fit(scaled, prompts.log_tokens[rows])
+    weights = np.column_stack([classes.coef_.T, tokens.coef_])
+    bias = np.append(classes.intercept_, tokens.intercept_)
+    folded = weights / scaler.scale_[:, None]
+    return Fit(folded, bias - scaler.mean_ @ folded)
+
+
+def held_out(x: Floats, prompts: Prompts, c: float) -> Floats:
+    """Return scores (n, 4), each row from a fit that never saw the row's kind."""
+    result = np.empty((len(x), 4))
+    for kind in sorted(set(prompts.kinds.tolist())):
+        own = prompts.kinds == kind
+        model = fit(x, prompts, ~own, c)
+        result[own] = x[own] @ model.weights + model.bias
+    return result
+
+
+def softmax(scores: Floats, temperature: float = 1.0) -> Floats:
+    raw: Floats = np.exp((scores - scores.max(axis=1, keepdims=True)) / temperature)
+    return raw / raw.sum(axis=1, keepdims=True)
+
+
+def log_loss(p: Floats, classes: NDArray[np.int64]) -> float:
+    return float(-np.log(p[np.arange(len(p)), classes] + 1e-12).mean())
+
+
+def named(p: Floats) -> NDArray[np.int64]:
+    """Class by the borders on difficulty, as at run time."""
+    return np.array([CLASSES.index(class_of(d)) for d in 0.5 * p[:, 1] + p[:, 2]])
+
+
+def scores_of(guess: NDArray[np.int64], truth: NDArray[np.int64]) -> dict[str, float]:
+    return {
+        "accuracy": round(float(accuracy_score(truth, guess)), 3),
+        "macro_f1": round(float(f1_score(truth, guess, average="macro")), 3),
+        "two_classes_off": round(float((np.abs(truth - guess) == 2).mean()), 3),
+    }
+
+
+def calibration_error(confidence: Floats, right: NDArray[np.bool_]) -> float:
+    """Expected calibration error over ten equal-width bins."""
+    bins = np.minimum((confidence * 10).astype(int), 9)
+    gaps = [abs(float(confidence[bins == b].sum() - right[bins == b].sum())) for b in range(10)]
+    return round(sum(gaps) / len(confidence), 3)
+
+
+def train(encoder: Encoder, name: str, prompts: Prompts, out: Path) -> tuple[str, Floats, dict[str, Any]]:
+    """Train and write one head; return its id, held-out probabilities and scores."""
+    vectors = encoder.encode([features.focus(text) for text in prompts.texts]).astype(np.float64)
+    counted = np.stack([features.structure(text) for text in prompts.texts]).astype(np.float64)
+    x = np.hstack([vectors, counted])
+    candidates = [(log_loss(softmax(held_out(x, prompts, c)[:, :3]), prompts.classes), c) for c in REGULARISATION]
+    c = min(candidates)[1]
+    scores = held_out(x, prompts, c)
+    temperature = float(
+        min(TEMPERATURES, key=lambda t: log_loss(softmax(scores[:, :3], float(t)), prompts.classes))
+    )
+    p = softmax(scores[:, :3], temperature)
+    guess = named(p)
+    confidence = p[np.arange(len(p)), guess]
+
+    model = fit(x, prompts, np.ones(len(x), dtype=bool), c)
+    model.weights[:, :3] /= temperature
+    model.bias[:3] /= temperature
+
+    kinds = sorted(KINDS)
+    sums = np.stack([vectors[prompts.kinds == kind].sum(axis=0) for kind in kinds])
+    centroids = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+    # Nearness to the nearest kind, the prompt itself taken out of its own centroid.
+    nearness = vectors @ centroids.T
+    for row, kind in enumerate(prompts.kinds):
+        rest = sums[kinds.index(kind)] - vectors[row]
+        nearness[row, kinds.index(kind)] = vectors[row] @ rest / np.linalg.norm(rest)
+    familiar_above = float(np.quantile(nearness.max(axis=1), 1 - FAMILIAR_SHARE))
+    transformer_below = max(float(np.quantile(confidence, TRANSFORMER_SHARE)), 0.5)
+
+    token_ratio = np.exp(np.abs(scores[:, 3] - prompts.log_tokens))
+    report = {
+        **scores_of(guess, prompts.classes),
+        "calibration_error": calibration_error(confidence, guess == prompts.classes),
+        "output_tokens_median_factor": round(float(np.median(token_ratio)), 2),
+        "regularisation": c,
+        "temperature": round(temperature, 3),
+    }
+    id = artefact.save(
+        out / f"head-{name}.json",
+        name=f"head-{name}",
+        version=VERSION,
+        encoder_id=encoder.id,
+        metadata={
+            "features": list(features.NAMES),
+            "kinds": [KINDS[kind] for kind in kinds],
+            "familiar_above": round(familiar_above, 6),
+            "transformer_below": round(transformer_below, 6),
+            "prompts": len(prompts.texts),
+            "prompts_sha256": prompts.sha256,
+            "held_out_kinds": report,
+            "made_with": {"scikit-learn": package_version("scikit-learn"), "numpy": package_version("numpy")},
+        },
+        arrays={
+            "weights": model.weights.astype(np.float32),
+            "bias": model.bias.astype(np.float32),
+            "centroids": centroids.astype(np.float32),
+        },
+    )
+    return id, p, report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=DATA_DIRECTORY)
+    data: Path = parser.parse_args().data
+    prompts = read_prompts(data / "prompts")
+    truth = prompts.classes
+    ids, reports, held = {}, {}, {}
+    for name, encoder in (("static", StaticEncoder.load(data)), ("minilm", MiniLMEncoder.load(data))):
+        ids[name], held[name], reports[name] = train(encoder, name, prompts, data)
+
+    def baseline(columns: list[str]) -> dict[str, float]:
+        counted = np.stack([features.structure(text) for text in prompts.texts]).astype(np.float64)
+        x = counted[:, [features.NAMES.index(column) for column in columns]]
+        return max(
+            (scores_of(named(softmax(held_out(x, prompts, c)[:, :3])), truth) for c in (0.01, 0.1, 1.0)),
+            key=lambda s: s["macro_f1"],
+        )
+
+    reports["baseline_majority"] = scores_of(np.zeros_like(truth), truth)
+    reports["baseline_length_only"] = baseline(["log_characters"])
+    reports["baseline_structure_only"] = baseline(list(features.NAMES))
+    guess = named(held["static"])
+    confidence = held["static"][np.arange(len(truth)), guess]
+    second = named(held["minilm"])
+    second_confidence = held["minilm"][np.arange(len(truth)), second]
+    below = confidence < max(float(np.quantile(confidence, TRANSFORMER_SHARE)), 0.5)
+    reports["static_then_minilm"] = {
+        "asked": round(float(below.mean()), 3),
+        **scores_of(np.where(below, second, guess), truth),
+    }
+    reports["static_then_minilm_if_surer"] = scores_of(
+        np.where(below & (second_confidence >= confidence), second, guess), truth
+    )
+    reports["per_kind_accuracy"] = {
+        kind: round(float((guess == truth)[prompts.kinds == kind].mean()), 2) for kind in sorted(KINDS)
+    }
+    summary = {
+        "protocol": "leave one kind out",
+        "prompts": {name: int((truth == index).sum()) for index, name in enumerate(CLASSES)},
+        "results": reports,
+    }
+    (data / "scores.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
+    manifest["heads"] = ids
+    (data / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(summary, indent=1))
+    print(ids)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error", category=RuntimeWarning)
+    main()
