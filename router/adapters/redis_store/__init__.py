@@ -1,0 +1,7 @@
+"""Budgets and caches shared by several workers, in Redis or Valkey (7.2 or newer)."""
+
+from router.adapters.redis_store.budgets import RedisBudgetStore
+from router.adapters.redis_store.caches import RedisCacheStore
+from router.adapters.redis_store.connection import RedisConnection, RedisStatus, connect
+
+__all__ = ["RedisBudgetStore", "RedisCacheStore", "RedisConnection", "RedisStatus", "connect"]

@@ -1,0 +1,223 @@
+"""One worker's access to Redis: every operation bounded in time, and a breaker that both stores share.
+
+The first operation that fails opens the breaker. From then on operations are refused at once, and a
+background task tries Redis every second. When the trial succeeds, the stores first deliver what they owe
+(`on_recovery`), then the breaker closes: no request ever pays for a trial.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha1
+from typing import Any
+
+from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError
+
+from router.core.errors import ConfigurationError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+_CLUSTER_SCHEMES = {"redis+cluster://": "redis://", "rediss+cluster://": "rediss://"}
+
+
+@dataclass(frozen=True, slots=True)
+class RedisStatus:
+    """`failures` counts how often the breaker opened; `last_error` is its last reason, without any secret."""
+
+    up: bool
+    failures: int
+    last_error: str
+
+
+class Script:
+    """A Lua script, known to the server by its SHA-1 once it ran there."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.sha = sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+
+class _Deadline:
+    """Ends a scope after `seconds`, and only if the event loop had every chance to read an answer.
+
+    A busy loop sees its timers late: the answer may lie in the socket's buffer while the clock says that
+    time is up. So the loop goes round a few more times (microseconds when it is idle) before Redis is blamed.
+    """
+
+    _ROUNDS = 10
+
+    def __init__(self, scope: asyncio.Timeout, seconds: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._scope = scope
+        self._left = self._ROUNDS
+        self._handle: asyncio.Handle = self._loop.call_later(seconds, self._due)
+
+    def _due(self) -> None:
+        if self._left:
+            self._left -= 1
+            self._handle = self._loop.call_soon(self._due)
+        else:
+            self._scope.reschedule(self._loop.time())
+
+    def cancel(self) -> None:
+        self._handle.cancel()
+
+
+class RedisConnection:
+    """Operations with a time limit behind a breaker. `timeout` and `retry_every` are seconds."""
+
+    def __init__(
+        self,
+        client: Redis | RedisCluster,
+        *,
+        timeout: float = 0.05,
+        retry_every: float = 1.0,
+        connections: int = 32,
+    ) -> None:
+        self._client = client
+        self._timeout = timeout
+        self._retry_every = retry_every
+        # Waiting for a free connection is this worker's own load and does not count against Redis.
+        self._free = asyncio.Semaphore(connections)
+        self._up = True
+        self._failures = 0
+        self._last_error = ""
+        self._recovery: list[Callable[[], Awaitable[None]]] = []
+        self._trials: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @property
+    def up(self) -> bool:
+        return self._up
+
+    def status(self) -> RedisStatus:
+        return RedisStatus(self._up, self._failures, self._last_error)
+
+    def on_recovery(self, deliver: Callable[[], Awaitable[None]]) -> None:
+        """`deliver` runs after each outage before the breaker closes; it uses `trial=True`."""
+        self._recovery.append(deliver)
+
+    async def ping(self) -> bool:
+        """Whether Redis answers and can be written to, whatever the breaker says. Never raises."""
+        try:
+            # A write: a read-only replica and a server out of memory answer PING, and are of no use here.
+            await self.execute("SET", "{farthing:budget}:trial", "1", "EX", "60", trial=True)
+        except UnavailableError:
+            return False
+        return True
+
+    async def execute(self, *words: str | bytes | int, trial: bool = False) -> Any:
+        """The reply to one command. Raises UnavailableError when Redis is away, at once if that is known."""
+        async with self._free:
+            if not (self._up or trial) or self._closed:
+                raise UnavailableError("Redis is away")
+            try:
+                return await self._bounded(words)
+            except NoScriptError:
+                raise
+            except (RedisError, OSError, TimeoutError) as error:
+                self._open(error)
+                raise UnavailableError("Redis is away") from error
+
+    async def run(
+        self,
+        script: Script,
+        keys: Sequence[str],
+        arguments: Sequence[str | bytes | int],
+        *,
+        trial: bool = False,
+    ) -> Any:
+        """The reply of a script, sent by its hash where the server knows it."""
+        tail = (len(keys), *keys, *arguments)
+        try:
+            return await self.execute("EVALSHA", script.sha, *tail, trial=trial)
+        except NoScriptError:
+            return await self.execute("EVAL", script.source, *tail, trial=trial)
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._trials is not None:
+            self._trials.cancel()
+        await self._client.aclose()
+
+    async def _bounded(self, words: Sequence[str | bytes | int]) -> Any:
+        async with asyncio.timeout(None) as scope:
+            deadline = _Deadline(scope, self._timeout)
+            try:
+                return await self._client.execute_command(*words)
+            finally:
+                deadline.cancel()
+
+    def _open(self, error: Exception) -> None:
+        # redis-py names host and port in its errors and never the password.
+        self._last_error = f"{type(error).__name__}: {error}"[:200]
+        if self._up:
+            self._up = False
+            self._failures += 1
+            logger.warning("redis is away, going on without it (%s)", self._last_error)
+            self._trials = asyncio.get_running_loop().create_task(self._try_again())
+
+    async def _try_again(self) -> None:
+        while not self._closed:
+            await asyncio.sleep(self._retry_every)
+            try:
+                if isinstance(self._client, Redis):
+                    # Whatever still hangs in a connection of before must not be taken for a new answer.
+                    await self._client.connection_pool.disconnect(inuse_connections=False)
+                if not await self.ping():
+                    continue
+                for deliver in self._recovery:
+                    await deliver()
+            except UnavailableError:
+                continue
+            except Exception:
+                logger.exception("trying Redis again failed")
+                continue
+            self._up = True
+            logger.warning("redis is back")
+            return
+
+
+def connect(
+    url: str, *, timeout: float = 0.05, retry_every: float = 1.0, connections: int = 32
+) -> RedisConnection:
+    """A connection, no socket opened yet, for `redis://`, `rediss://` (TLS), `unix://`, `redis+cluster://` and
+    `rediss+cluster://`.
+
+    Raises ConfigurationError for a URL that is none of these; the message never holds the URL, which may
+    carry a password.
+    """
+    try:
+        for scheme, plain in _CLUSTER_SCHEMES.items():
+            if url.startswith(scheme):
+                cluster = RedisCluster.from_url(
+                    plain + url.removeprefix(scheme), max_connections=connections, protocol=2, lib_name=None
+                )
+                return RedisConnection(
+                    cluster, timeout=timeout, retry_every=retry_every, connections=connections
+                )
+        # No retry inside the client: a reservation sent twice would hold twice.
+        pool = ConnectionPool.from_url(
+            url,
+            max_connections=connections,
+            protocol=2,
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=None,
+            socket_connect_timeout=None,
+            lib_name=None,
+        )
+    except (ValueError, RedisError) as error:
+        raise ConfigurationError(
+            "FARTHING_REDIS_URL is not a Redis address; write redis://HOST:PORT/DB, rediss:// for TLS or "
+            "redis+cluster:// for a cluster"
+        ) from error
+    return RedisConnection(
+        Redis(connection_pool=pool), timeout=timeout, retry_every=retry_every, connections=connections
+    )
