@@ -1,0 +1,1 @@
+"""The ledger in SQL: SQLite by default, PostgreSQL in production, the same tables on both."""

@@ -1,0 +1,252 @@
+"""The way from the journal to SQL, over SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from router.adapters.journal import JournalFile, journal_folders, segment_numbers, segment_path
+from router.adapters.sql import schema
+from router.adapters.sql.database import open_engine
+from router.adapters.sql.writer import LedgerWriter
+from router.core.errors import UnavailableError
+from router.core.types import NanoUSD, Usage
+from tests.contracts.ledger_records import FixedClock, attempted, new_id, opened, price, settled
+from tests.contracts.sql_databases import database_url, postgresql_server, postgresql_url, sqlite_url  # noqa: F401
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    engine = open_engine(database_url)
+    yield engine
+    engine.dispose()
+
+
+@contextmanager
+def worker(engine: Engine, folder: Path, **options: Any) -> Iterator[tuple[JournalFile, LedgerWriter]]:
+    journal = JournalFile(folder, segment_bytes=options.pop("segment_bytes", 8 * 1024 * 1024))
+    writer = LedgerWriter(engine, journal, folder, FixedClock(), poll=0.01, **options)
+    writer.start()
+    yield journal, writer
+    writer.stop()
+
+
+def kill(journal: JournalFile) -> None:
+    """What kill -9 does to a journal: its files are closed, nothing else happens."""
+    os.close(journal._file)
+    os.close(journal._lock)
+
+
+def rows(engine: Engine, table: sa.Table) -> list[dict[str, Any]]:
+    with engine.connect() as connection:
+        return [dict(row) for row in connection.execute(sa.select(table)).mappings()]
+
+
+async def test_a_settled_request_is_in_sql_with_all_it_carries(engine: Engine, tmp_path: Path) -> None:
+    request = settled(new_id(), failed_first=True)
+    with worker(engine, tmp_path) as (journal, writer):
+        journal.open(opened(request.id))
+        journal.attempt(attempted(request.id))
+        journal.attempt(attempted(request.id, 1))
+        assert writer.unsettled == 1
+        journal.settle(request)
+        await writer.flush()
+        assert (writer.unsettled, writer.backlog, writer.sql_up) == (0, 0, True)
+    [row] = rows(engine, schema.requests)
+    assert (row["id"], row["opened_at"], row["cost"]) == (request.id, request.opened_at, request.cost)
+    assert (row["tokens_input"], row["tokens_output"], row["streamed"]) == (100, 50, False)
+    assert row["tags"] == '{"data":["pii"]}'
+    assert row["budgets"].startswith('[["organisation","2026-11"]')
+    booked = rows(engine, schema.attempts)
+    assert [(item["attempt"], item["outcome"]) for item in booked] == [(0, "cut"), (1, "complete")]
+    assert sum(line["amount"] for line in rows(engine, schema.cost_lines)) == request.cost == 39_250
+    [priced] = rows(engine, schema.price_records)
+    assert priced["id"] == price().id
+    [rollup] = rows(engine, schema.spend_rollup)
+    assert (rollup["day"], rollup["requests"], rollup["cost"]) == ("2026-11-24", 1, 39_250)
+    spent = {(item["key"], item["period"]): item["spent"] for item in rows(engine, schema.budget_spend)}
+    assert spent == {
+        ("organisation", "2026-11"): 39_250,
+        ("team:search", "2026-11"): 39_250,
+        ("app:search/faq-bot", "2026-11"): 39_250,
+    }
+
+
+async def test_visible_within_half_a_second_without_being_asked(engine: Engine, tmp_path: Path) -> None:
+    with worker(engine, tmp_path) as (journal, _):
+        journal.settle(settled(new_id()))
+        await asyncio.sleep(0.4)
+        assert len(rows(engine, schema.requests)) == 1
+
+
+async def test_a_request_settled_twice_counts_once(engine: Engine, tmp_path: Path) -> None:
+    request = settled(new_id())
+    with worker(engine, tmp_path) as (journal, writer):
+        journal.settle(request)
+        await writer.flush()
+        journal.settle(request)
+        journal.settle(settled(new_id()))
+        await writer.flush()
+    assert len(rows(engine, schema.requests)) == 2
+    assert sum(row["requests"] for row in rows(engine, schema.spend_rollup)) == 2
+
+
+async def test_a_dead_workers_journal_is_booked_once(engine: Engine, tmp_path: Path) -> None:
+    dead = JournalFile(tmp_path)
+    done, priced, bare, unpriced = (new_id() for _ in range(4))
+    for request_id in (done, priced, bare, unpriced):
+        dead.open(opened(request_id))
+    dead.attempt(attempted(done))
+    dead.attempt(attempted(priced))
+    dead.attempt(attempted(priced, 1))
+    dead.attempt(_unpriced(unpriced))
+    dead.settle(settled(done))
+    with worker(engine, tmp_path, adopt_every=60) as (_, writer):
+        assert await writer.replay() == 0, "its owner lives"
+        kill(dead)
+        assert await writer.replay() == 4
+        assert await writer.replay() == 0
+        assert writer.adopted == 4
+    found = {row["id"]: row for row in rows(engine, schema.requests)}
+    assert found[done]["status"] == "complete"
+    for request_id in (priced, bare, unpriced):
+        row = found[request_id]
+        assert (row["status"], row["error"], row["estimated"]) == ("cancelled", "gateway_restarted", True)
+    assert found[priced]["cost"] == (100 + 200) * 250
+    assert (found[bare]["cost"], found[bare]["unpriced"]) == (0, False)
+    assert (found[unpriced]["cost"], found[unpriced]["unpriced"]) == (None, True)
+    outcomes = {(a["request_id"], a["attempt"]): a["outcome"] for a in rows(engine, schema.attempts)}
+    assert (outcomes[priced, 0], outcomes[priced, 1]) == ("failed", "cancelled")
+    assert journal_folders(tmp_path) == []
+
+
+def _unpriced(request_id: str) -> Any:
+    from dataclasses import replace
+
+    return replace(attempted(request_id), price=None)
+
+
+async def test_an_orphan_read_again_after_a_lost_commit_counts_once(engine: Engine, tmp_path: Path) -> None:
+    request = settled(new_id())
+    for _ in range(2):
+        dead = JournalFile(tmp_path)
+        dead.open(opened(request.id))
+        dead.settle(request)
+        kill(dead)
+        with worker(engine, tmp_path) as (_, writer):
+            await writer.replay()
+    assert [row["spent"] for row in rows(engine, schema.budget_spend)] == [37_500] * 3
+
+
+async def test_a_torn_tail_is_passed_over(engine: Engine, tmp_path: Path) -> None:
+    dead = JournalFile(tmp_path)
+    request_id = new_id()
+    dead.open(opened(request_id))
+    path = segment_path(dead.folder, segment_numbers(dead.folder)[0])
+    whole = path.stat().st_size
+    dead.settle(settled(request_id))
+    os.truncate(path, whole + 40)
+    kill(dead)
+    with worker(engine, tmp_path) as (_, writer):
+        assert await writer.replay() == 1
+        assert writer.skipped == 1
+    assert [row["status"] for row in rows(engine, schema.requests)] == ["cancelled"]
+
+
+async def test_segments_go_only_after_commit(engine: Engine, tmp_path: Path) -> None:
+    with worker(engine, tmp_path, segment_bytes=20_000) as (journal, writer):
+        long_lived = new_id()
+        journal.open(opened(long_lived))
+        for _ in range(50):
+            request_id = new_id()
+            journal.open(opened(request_id))
+            journal.settle(settled(request_id))
+        await writer.flush()
+        assert segment_numbers(journal.folder) == [1, journal.end[0]], "the first holds an unsettled request"
+        journal.settle(settled(long_lived))
+        await writer.flush()
+        assert segment_numbers(journal.folder) == [journal.end[0]]
+    assert len(rows(engine, schema.requests)) == 51
+
+
+async def test_a_clean_stop_leaves_nothing_behind(engine: Engine, tmp_path: Path) -> None:
+    journal = JournalFile(tmp_path)
+    writer = LedgerWriter(engine, journal, tmp_path, FixedClock(), poll=5.0)
+    writer.start()
+    await asyncio.sleep(0.05)
+    journal.settle(settled(new_id()))
+    assert writer.stop() is True
+    assert journal_folders(tmp_path) == []
+    assert len(rows(engine, schema.requests)) == 1
+
+
+async def test_text_a_database_refuses_does_not_stop_the_ledger(engine: Engine, tmp_path: Path) -> None:
+    with worker(engine, tmp_path) as (journal, writer):
+        journal.settle(settled(new_id(), requested_model="nul\0"))
+        journal.settle(settled(new_id(), requested_model="half \ud83d"))
+        journal.settle(settled(new_id()))
+        await writer.flush()
+        assert writer.rejected == 0
+    assert len(rows(engine, schema.requests)) == 3
+
+
+async def test_a_record_sql_refuses_is_set_aside_alone(engine: Engine, tmp_path: Path) -> None:
+    bad = settled(new_id())
+    bad = type(bad)(**{**_fields(bad), "attempts": (bad.attempts[0], bad.attempts[0])})
+    with worker(engine, tmp_path) as (journal, writer):
+        journal.settle(bad)
+        journal.settle(settled(new_id()))
+        await writer.flush()
+        assert writer.rejected == 1
+    assert len(rows(engine, schema.requests)) == 1
+    assert bad.id in (tmp_path / "rejected.jsonl").read_text()
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    from dataclasses import fields
+
+    return {f.name: getattr(record, f.name) for f in fields(record)}
+
+
+async def test_money_is_exact_to_the_nano_usd(engine: Engine, tmp_path: Path) -> None:
+    usage = Usage(input=1, output=10**12 + 1)
+    request = settled(new_id(), usage=usage)
+    with worker(engine, tmp_path) as (journal, writer):
+        for _ in range(3):
+            journal.settle(settled(new_id(), usage=usage))
+        await writer.flush()
+    [row] = [row for row in rows(engine, schema.budget_spend) if row["key"] == "organisation"]
+    assert request.cost == NanoUSD(250_000_000_000_500)
+    assert row["spent"] == 3 * 250_000_000_000_500
+
+
+async def test_sql_away_and_back(tmp_path: Path, sqlite_url: str) -> None:
+    engine = open_engine(sqlite_url)
+    database = Path(sqlite_url.removeprefix("sqlite:///"))
+    away = database.with_suffix(".away")
+    journal = JournalFile(tmp_path / "journal")
+    writer = LedgerWriter(engine, journal, tmp_path / "journal", FixedClock(), poll=0.01)
+    database.rename(away)
+    database.mkdir()  # opening it fails until it is back
+    writer.start()
+    for _ in range(1200):
+        journal.settle(settled(new_id()))
+    with pytest.raises(UnavailableError):
+        await writer.flush(0.3)
+    assert (writer.sql_up, writer.backlog, writer.unsettled) == (False, 1200, 1200)
+    assert len(writer._batch) <= 500
+    database.rmdir()
+    away.rename(database)
+    await writer.flush()
+    assert (writer.sql_up, writer.backlog) == (True, 0)
+    assert len(rows(engine, schema.requests)) == 1200
+    assert writer.stop() is True
+    engine.dispose()
