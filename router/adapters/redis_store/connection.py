@@ -188,7 +188,7 @@ class RedisConnection:
 def connect(
     url: str, *, timeout: float = 0.05, retry_every: float = 1.0, connections: int = 32
 ) -> RedisConnection:
-    """A connection, no socket opened yet, for `redis://`, `rediss://` (TLS), `unix://`, `redis+cluster://` and
+    """A connection, no socket open yet, for `redis://`, `rediss://` (TLS), `unix://`, `redis+cluster://` and
     `rediss+cluster://`.
 
     Raises ConfigurationError for a URL that is none of these; the message never holds the URL, which may
@@ -198,7 +198,10 @@ def connect(
         for scheme, plain in _CLUSTER_SCHEMES.items():
             if url.startswith(scheme):
                 cluster = RedisCluster.from_url(
-                    plain + url.removeprefix(scheme), max_connections=connections, protocol=2, lib_name=None
+                    plain + url.removeprefix(scheme),
+                    max_connections=connections,
+                    protocol=2,
+                    driver_info=None,
                 )
                 return RedisConnection(
                     cluster, timeout=timeout, retry_every=retry_every, connections=connections
@@ -211,7 +214,7 @@ def connect(
             retry=Retry(NoBackoff(), 0),
             socket_timeout=None,
             socket_connect_timeout=None,
-            lib_name=None,
+            driver_info=None,
         )
     except (ValueError, RedisError) as error:
         raise ConfigurationError(
