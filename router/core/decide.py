@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from decimal import Decimal
 from typing import Literal
 
@@ -95,7 +96,7 @@ def success_of(
     points = [(centre, quality[name]) for name, centre in _CLASS_CENTRES]
     if difficulty <= points[0][0]:
         return points[0][1]
-    for (left, low), (right, high) in zip(points, points[1:], strict=False):
+    for (left, low), (right, high) in pairwise(points):
         if difficulty <= right:
             share = Decimal(repr(round((difficulty - left) / (right - left), 6)))
             return low + (high - low) * share

@@ -42,9 +42,7 @@ class Classify:
             self._waiting += 1
             try:
                 loop = asyncio.get_running_loop()
-                verdict = await loop.run_in_executor(
-                    self._executor, self._classifier.refine, text, verdict
-                )
+                verdict = await loop.run_in_executor(self._executor, self._classifier.refine, text, verdict)
                 refined = True
             finally:
                 self._waiting -= 1
@@ -52,3 +50,7 @@ class Classify:
         if len(self._known) > MEMORY:
             self._known.popitem(last=False)
         return verdict
+
+    def aside(self, text: str) -> asyncio.Future[Verdict]:
+        """The static verdict, made off the event loop while the provider works on the answer."""
+        return asyncio.get_running_loop().run_in_executor(self._executor, self._classifier.classify, text)

@@ -11,10 +11,9 @@ from typing import Any
 
 import msgspec
 
-from router.core.policy import EffectivePolicy
 from router.core.ports import CacheStore
-from router.core.types import Caller, ChatRequest, NanoUSD, Usage
-from router.stages.admit import Wishes
+from router.core.types import NanoUSD, RequestRecord, Usage
+from router.stages.exchange import Exchange
 
 # How an answer travels and who asks do not change what it says.
 _OUTSIDE_KEY = ("stream", "stream_options", "user", "metadata", "model", "safety_identifier")
@@ -29,7 +28,6 @@ class StoredAnswer:
     stored_at: float
     stream: bool
     body: bytes
-    content_type: str
     model: str
     provider: str
     upstream_model: str
@@ -47,10 +45,13 @@ class ExactCache:
         self._store = store
         self._secret = secret
 
-    def key(
-        self, caller: Caller, request: ChatRequest, reference: str | None, policy: EffectivePolicy, wishes: Wishes
-    ) -> str:
-        """A keyed hash: the scope is part of it, so another tenant's entry cannot even be named."""
+    def key(self, exchange: Exchange) -> str | None:
+        """A keyed hash: the scope is part of it, so another tenant's entry cannot even be named. None where the
+        policy or the caller wants no cache.
+        """
+        caller, policy, wishes = exchange.caller, exchange.policy, exchange.wishes
+        if not policy.cache.exact or not (wishes.read_cache or wishes.write_cache):
+            return None
         scope: list[str]
         if policy.cache.scope == "shared":
             scope = ["shared"]
@@ -60,17 +61,18 @@ class ExactCache:
             scope = ["app", caller.team, caller.app or ""]
         parts = {
             "scope": scope,
-            "reference": reference or "auto",
+            "reference": exchange.reference or "auto",
             "rules": policy.fingerprint,
             "quality": str(wishes.min_quality),
             "cost": wishes.max_cost,
-            "request": _canonical(request.body),
+            "request": _canonical(exchange.request.body),
         }
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hmac.new(self._secret, text.encode("ascii"), sha256).hexdigest()
 
-    async def find(self, key: str, wishes: Wishes, now: float) -> StoredAnswer | None:
-        """`now` is seconds since the epoch. None where the caller wants a fresh answer."""
+    async def find(self, key: str, exchange: Exchange) -> StoredAnswer | None:
+        """None where nothing is stored, or the caller wants a fresh answer."""
+        wishes = exchange.wishes
         if not wishes.read_cache:
             return None
         raw = await self._store.get(key)
@@ -80,13 +82,28 @@ class ExactCache:
             stored = _decoder.decode(raw)
         except msgspec.MsgspecError:
             return None  # written by another version; it is replaced by the next answer
-        if wishes.max_age is not None and now - stored.stored_at > wishes.max_age:
+        if wishes.max_age is not None and exchange.opened_at.timestamp() - stored.stored_at > wishes.max_age:
             return None
         return stored
 
-    def store(self, key: str, answer: StoredAnswer, ttl: float, draw: float) -> None:
-        """`draw` in [0, 1) spreads the ends of entries stored together."""
-        self._store.put(key, _encoder.encode(answer), ttl * (1 - _JITTER * draw))
+    def store(self, key: str, exchange: Exchange, record: RequestRecord, body: bytes, draw: float) -> None:
+        """Keeps a complete answer; anything else is left out. `draw` in [0, 1) spreads the ends of entries."""
+        if record.status != "complete" or record.error is not None or not exchange.wishes.write_cache:
+            return
+        served = record.attempts[-1]
+        answer = StoredAnswer(
+            entry=record.id,
+            stored_at=exchange.opened_at.timestamp(),
+            stream=record.streamed,
+            body=body,
+            model=served.model,
+            provider=served.provider,
+            upstream_model=served.upstream_model,
+            prompt_class=record.prompt_class,
+            usage=served.usage,
+            cost=served.cost,
+        )
+        self._store.put(key, _encoder.encode(answer), exchange.policy.cache.ttl * (1 - _JITTER * draw))
 
 
 def _canonical(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import Future
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,9 +19,12 @@ from router.core.types import (
     ChatRequest,
     NanoUSD,
     PriceRecord,
+    RequestRecord,
     RequestStatus,
 )
 from router.stages.admit import Wishes
+
+NOTHING = NanoUSD(0)
 
 
 @dataclass(slots=True)
@@ -48,9 +52,13 @@ class Exchange:
     plan: Plan | None = None
     prices: Mapping[str, PriceRecord | None] = field(default_factory=dict)
 
+    advice: Future[Verdict] | None = None
+    """A verdict made off the answer path, for what substituting could have saved."""
+    potential_savings: NanoUSD | None = None
+
     # reserve
     windows: tuple[BudgetWindow, ...] = ()
-    worst_case: NanoUSD = NanoUSD(0)
+    worst_case: NanoUSD = NOTHING
     reserved: bool = False
 
     # dispatch
@@ -63,7 +71,8 @@ class Exchange:
     status: RequestStatus = "failed"
     http_status: int = 500
     error: str | None = None
-    settled: bool = False
+    record: RequestRecord | None = None
+    """The ledger entry, once it is written."""
 
     @property
     def prompt_class(self) -> str | None:

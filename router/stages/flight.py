@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from router.core.types import Usage
+from router.stages.exchange import Exchange
 
 AHEAD = 256 * 1024
 """Bytes a call may be ahead of its fastest subscriber before it stops reading from the provider."""
@@ -26,22 +26,9 @@ class UsageFrame(bytes):
 class Head:
     """What is known once the answer begins."""
 
-    status: int
-    content_type: str
     model: str
     provider: str
     headers: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What is known once the answer has ended. `complete`: it ended as the provider meant it to."""
-
-    complete: bool
-    usage: Usage
-    estimated: bool
-    cost: int | None
-    entry: str | None = None
 
 
 class FlightLost(Exception):
@@ -49,16 +36,17 @@ class FlightLost(Exception):
 
 
 class Flight:
-    """Start it with `start`; read it through `subscribe`. `key` is None for a call nobody else may join."""
+    """Start it with `start`; read it through `subscribe`. `key` is None for a call nobody else may join; `leader`
+    is the request that started it and books it. `drain`: the call goes on when its last reader leaves.
+    """
 
-    def __init__(self, key: str | None, stream: bool, drain: bool = False) -> None:
+    def __init__(self, key: str | None, leader: Exchange) -> None:
         self.key = key
-        self.stream = stream
-        self.drain = drain
-        self.outcome: Outcome | None = None
+        self.leader = leader
+        self.stream = leader.request.stream
+        self.drain = False
         self.error: BaseException | None = None
         self.head: Head | None = None
-        self.followers = 0
         self._frames: list[bytes] = []
         self._dropped = 0
         self._kept = 0
@@ -68,16 +56,20 @@ class Flight:
         self._task: asyncio.Task[None] | None = None
         self._room: asyncio.Future[None] | None = None
 
-    def start(self, run: Callable[[Flight], Awaitable[None]], done: Callable[[Flight], None]) -> None:
+    def start(
+        self,
+        run: Callable[[Exchange, Flight], Awaitable[None]],
+        done: Callable[[Exchange, Flight], None],
+    ) -> None:
         def end() -> None:
             if not self._finished:
                 self._finished = True
-                done(self)
+                done(self.leader, self)
                 self._wake()
 
         async def fly() -> None:
             try:
-                await run(self)
+                await run(self.leader, self)
             except asyncio.CancelledError as error:
                 self.error = self.error or error
                 raise
@@ -203,3 +195,36 @@ class Subscription:
 
     def close(self) -> None:
         self.flight._leave(self)
+
+
+class Flights:
+    """Calls in flight that identical requests may join, by the key of the exact cache."""
+
+    def __init__(self) -> None:
+        self._flights: dict[str, Flight] = {}
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def joinable(self, key: str | None) -> Flight | None:
+        flight = self._flights.get(key) if key is not None else None
+        return flight if flight is not None and flight.joinable else None
+
+    def start(
+        self,
+        key: str | None,
+        leader: Exchange,
+        run: Callable[[Exchange, Flight], Awaitable[None]],
+        done: Callable[[Exchange, Flight], None],
+    ) -> Flight:
+        flight = Flight(key, leader)
+        if key is not None:
+            self._flights[key] = flight
+
+        def landed(exchange: Exchange, flown: Flight) -> None:
+            if key is not None and self._flights.get(key) is flown:
+                del self._flights[key]
+            done(exchange, flown)
+
+        flight.start(run, landed)
+        return flight

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from datetime import datetime
+from hashlib import blake2b
 from typing import Any
 
-from router.core.errors import InvalidRequest
+from router.core.errors import InvalidRequest, ModelNotFound
 from router.core.json_object import parse_object
+from router.core.policy import EffectivePolicy
+from router.core.ports import Snapshot
 from router.core.tokens import MESSAGE_OVERHEAD, estimate_tokens
-from router.core.types import ChatRequest
+from router.core.types import Caller, ChatRequest, PriceRecord
 
+AUTO = "auto"
 MAX_CHOICES = 128
 MAX_MODEL_NAME = 200
 MAX_PROMPT_CHARACTERS = 20_000
@@ -44,7 +50,9 @@ def normalise_chat(raw: bytes) -> ChatRequest:
     if options is not None and not isinstance(options, dict):
         raise InvalidRequest("'stream_options' must be an object.", param="stream_options")
     if options is not None and not stream:
-        raise InvalidRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+        raise InvalidRequest(
+            "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
+        )
     if body.get("service_tier") not in _STANDARD_TIERS:
         raise InvalidRequest(
             "'service_tier' has no price here other than the standard one. Leave it out or send \"default\".",
@@ -188,3 +196,34 @@ def _choices(body: Mapping[str, Any]) -> int:
     if choices > MAX_CHOICES:
         raise InvalidRequest(f"'n' must be at most {MAX_CHOICES}.", param="n")
     return choices
+
+
+def named_model(
+    snapshot: Snapshot, policy: EffectivePolicy, request: ChatRequest, at: datetime
+) -> tuple[str | None, str | None, PriceRecord | None]:
+    """(reference, name savings are counted against, its price). The reference is None where the gateway chooses."""
+    name = request.model
+    if name in snapshot.models:
+        return name, name, snapshot.price(name, at)
+    target = snapshot.aliases.get(name)
+    known = snapshot.catalogue_price(name, at) if name != AUTO else None
+    if target is None and name != AUTO and snapshot.unknown_model == "refuse":
+        shown = "".join(c for c in name[:64] if c.isprintable() and c not in "\"'\\")
+        raise ModelNotFound(
+            f"No model is called '{shown}' here. Add a line under 'aliases' in policy.yaml, such as "
+            f"'{shown}: MODEL', or set 'unknown_model: auto'.",
+            param="model",
+        )
+    if known is not None:
+        return target, name, known
+    baseline = target if target is not None else policy.baseline
+    return target, baseline, snapshot.price(baseline, at) if baseline is not None else None
+
+
+def conversation_of(caller: Caller, request: ChatRequest) -> str | None:
+    """Names a conversation by its first two messages: a provider's prompt cache is warm from the second turn on."""
+    messages = request.body["messages"]
+    if len(messages) < 2:
+        return None
+    start = json.dumps([caller.team, caller.app, messages[:2]], sort_keys=True)
+    return blake2b(start.encode("ascii"), digest_size=16).hexdigest()

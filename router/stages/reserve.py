@@ -9,7 +9,7 @@ from router.core.decide import NoPlan, Plan
 from router.core.errors import BudgetExceeded, BudgetHeld, FarthingError, InvalidRequest, RequestError
 from router.core.policy import BudgetLimit, EffectivePolicy, ModelSpec
 from router.core.ports import BudgetCharge, BudgetStore, Denied
-from router.core.pricing import worst_case
+from router.core.pricing import output_bound, worst_case
 from router.core.types import NANO_PER_USD, BudgetWindow, ChatRequest, NanoUSD
 from router.stages.exchange import Exchange
 
@@ -44,6 +44,19 @@ class Reserve:
                 code="unbounded_cost",
             )
         exchange.windows = tuple(BudgetWindow(limit.key, policy.period) for limit in policy.budgets)
+        try:
+            held = await self._hold(exchange, plan, downgraded)
+        except RequestError:
+            raise
+        except BaseException:
+            # Cancelled, or the store went away, while a hold may have been taken: give it back.
+            self._budgets.settle(exchange.id, exchange.windows, NanoUSD(0))
+            raise
+        exchange.plan, exchange.worst_case = held.plan, held.amount
+        exchange.reserved = True
+
+    async def _hold(self, exchange: Exchange, plan: Plan, downgraded: Callable[[], Plan | NoPlan]) -> _Hold:
+        policy = exchange.policy
         held = await self._try(exchange, plan, _charges(policy.budgets, policy.period, soft=True))
         if isinstance(held, Denied) and any(limit.at_limit == "downgrade" for limit in policy.budgets):
             cheaper = downgraded()
@@ -51,12 +64,9 @@ class Reserve:
                 held = await self._try(exchange, cheaper, _charges(policy.budgets, policy.period, soft=False))
         if isinstance(held, Denied):
             raise _refusal(held)
-        exchange.plan, exchange.worst_case = held.plan, held.amount
-        exchange.reserved = True
+        return held
 
-    async def _try(
-        self, exchange: Exchange, plan: Plan, charges: Sequence[BudgetCharge]
-    ) -> _Hold | Denied:
+    async def _try(self, exchange: Exchange, plan: Plan, charges: Sequence[BudgetCharge]) -> _Hold | Denied:
         denied: Denied | None = None
         capped = any(charge.cap is not None for charge in charges)
         dropped = dict(plan.dropped)
@@ -99,13 +109,20 @@ def worst_case_of(exchange: Exchange, name: str) -> NanoUSD | None:
     if price is None:
         return None
     request, model = exchange.request, exchange.snapshot.models[name]
-    return worst_case(price, request.input_bound, request.choices, output_bound(request, model, exchange.policy))
+    return worst_case(
+        price, request.input_bound, request.choices, output_held(request, model, exchange.policy)
+    )
 
 
-def output_bound(request: ChatRequest, model: ModelSpec, policy: EffectivePolicy) -> int:
+def output_held(request: ChatRequest, model: ModelSpec, policy: EffectivePolicy) -> int:
     """Output tokens of one choice the hold covers."""
-    asked = request.max_output or policy.assume_max_output
-    return max(1, min(asked, model.max_output, model.context - request.input_tokens))
+    return output_bound(
+        request.max_output,
+        assume_max_output=policy.assume_max_output,
+        max_output=model.max_output,
+        context=model.context,
+        input_tokens=request.input_tokens,
+    )
 
 
 def _charges(limits: Sequence[BudgetLimit], period: str, *, soft: bool) -> tuple[BudgetCharge, ...]:

@@ -1,0 +1,338 @@
+"""The data plane: plain ASGI, one function per route, nothing between the server and the pipeline.
+
+A framework's routing and middleware would cost more than the whole way of a request, and would hide a client
+that leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from router.api.errors import ErrorAnswer, error_answer, internal_error
+from router.core.errors import (
+    InvalidRequest,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    RequestError,
+    RequestTooLarge,
+)
+from router.core.openai_wire import error_frame
+from router.core.ports import Clock, Identifiers, Snapshot
+from router.pipeline import Inbound, Pipeline
+from router.stages.admit import Admission
+from router.stages.normalise import AUTO
+from router.stages.telemetry import Telemetry
+
+log = logging.getLogger("farthing")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+MAX_BODY = 32 * 1024 * 1024
+_LOOPBACK = ("127.", "::1")
+
+
+class Readiness(Protocol):
+    """What `/readyz` answers: what is still missing, empty when ready."""
+
+    def missing(self) -> list[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """`cost` says how a route's money is bounded: `metered` goes through reserve and settle, `free` calls nobody."""
+
+    path: str
+    methods: tuple[str, ...]
+    cost: Literal["metered", "free"]
+
+
+ROUTES: tuple[Route, ...] = (
+    Route("/chat/completions", ("POST",), "metered"),
+    Route("/models", ("GET",), "free"),
+    Route("/models/{id}", ("GET",), "free"),
+    Route("/healthz", ("GET", "HEAD"), "free"),
+    Route("/readyz", ("GET", "HEAD"), "free"),
+    Route("/metrics", ("GET",), "free"),
+)
+_BY_PATH = {route.path: route for route in ROUTES}
+_ONE_MODEL = "/models/{id}"
+
+
+class ClientLeft(Exception):
+    """The client closed its connection."""
+
+
+class DataPlane:
+    """The ASGI application. `metrics` renders `/metrics`; `max_body` is in bytes."""
+
+    def __init__(
+        self,
+        *,
+        pipeline: Pipeline,
+        admission: Admission,
+        configuration: Callable[[], Snapshot],
+        telemetry: Telemetry,
+        metrics: Callable[[], bytes],
+        readiness: Readiness,
+        identifiers: Identifiers,
+        clock: Clock,
+        max_body: int = MAX_BODY,
+    ) -> None:
+        self._pipeline = pipeline
+        self._admission = admission
+        self._configuration = configuration
+        self._telemetry = telemetry
+        self._metrics = metrics
+        self._readiness = readiness
+        self._identifiers = identifiers
+        self._clock = clock
+        self._max_body = max_body
+        self._handlers: dict[str, Callable[[Scope, Receive, _Reply, str], Awaitable[None]]] = {
+            "/chat/completions": self._chat_completions,
+            "/models": self._models,
+            "/models/{id}": self._model,
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/metrics": self._render_metrics,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"the data plane speaks HTTP, not {scope['type']}")
+        request_id = self._identifiers.request_id()
+        reply = _Reply(send, request_id)
+        self._admission.in_flight += 1
+        try:
+            route, argument = _route(scope["path"])
+            if scope["method"] not in route.methods:
+                raise MethodNotAllowed(f"{route.path} takes {' or '.join(route.methods)}.")
+            await self._handlers[route.path](scope, receive, reply, argument)
+        except RequestError as error:
+            self._telemetry.refused(error.code)
+            await reply.error(error_answer(error))
+        except ClientLeft:
+            pass
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            log.exception("request %s failed", request_id)
+            self._telemetry.refused("internal_error")
+            await reply.error(internal_error())
+        finally:
+            self._admission.in_flight -= 1
+
+    # -- routes --
+
+    async def _chat_completions(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
+        headers = _headers(scope)
+        body = await _read_body(headers, receive, self._max_body)
+        inbound = Inbound(reply.request_id, "chat.completions", headers, body, _is_loopback(scope))
+        async with _leaving(receive), self._pipeline.answer(inbound) as answer:
+            if answer.content_type == "application/json":
+                whole = b"".join([frame async for frame in answer.frames])
+                await reply.whole(answer.status, answer.content_type, answer.headers, whole)
+                return
+            await reply.start(answer.status, answer.content_type, answer.headers)
+            async for frame in answer.frames:
+                await reply.more(frame)
+            await reply.end()
+
+    async def _models(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
+        names = await self._names(scope)
+        listed = {"object": "list", "data": [_model_object(name) for name in names]}
+        await reply.json(200, listed)
+
+    async def _model(self, scope: Scope, receive: Receive, reply: _Reply, name: str) -> None:
+        if name not in await self._names(scope):
+            raise ModelNotFound(
+                "No model of this name is open to this key. GET /v1/models lists them.", param="model"
+            )
+        await reply.json(200, _model_object(name))
+
+    async def _healthz(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
+        await reply.json(200, {"status": "ok"})
+
+    async def _readyz(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
+        missing = self._readiness.missing()
+        status = {"status": "ready"} if not missing else {"status": "not ready", "missing": missing}
+        await reply.json(503 if missing else 200, status)
+
+    async def _render_metrics(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
+        await reply.whole(200, "text/plain; version=0.0.4; charset=utf-8", {}, self._metrics())
+
+    async def _names(self, scope: Scope) -> list[str]:
+        headers = _headers(scope)
+        caller = await self._admission.caller(headers.get("authorization"), _is_loopback(scope))
+        snapshot = self._configuration()
+        policy = snapshot.resolve(caller.team, caller.app, caller.tags, self._clock.now())
+        aliases = [name for name, target in snapshot.aliases.items() if target in policy.allow]
+        return [AUTO, *policy.allow, *sorted(aliases)]
+
+
+class _Reply:
+    """Sends one answer. Every one carries the request's id; an error after the first byte ends a stream honestly."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self.request_id = request_id
+        self._started = False
+        self._streaming = False
+
+    async def start(
+        self, status: int, content_type: str, headers: Mapping[str, str], length: int | None = None
+    ) -> None:
+        raw = [
+            (b"content-type", content_type.encode("latin-1")),
+            (b"x-request-id", self.request_id.encode("ascii")),
+        ]
+        if length is not None:
+            raw.append((b"content-length", str(length).encode("ascii")))
+        raw.extend((name.encode("latin-1"), _safe(value)) for name, value in headers.items())
+        self._started = True
+        self._streaming = length is None
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def more(self, body: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self, body: bytes = b"") -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def whole(self, status: int, content_type: str, headers: Mapping[str, str], body: bytes) -> None:
+        await self.start(status, content_type, headers, len(body))
+        await self.end(body)
+
+    async def json(self, status: int, value: object) -> None:
+        await self.whole(status, "application/json", {}, json.dumps(value).encode("utf-8"))
+
+    async def error(self, error: ErrorAnswer) -> None:
+        if not self._started:
+            await self.whole(error.status, error.content_type, error.headers, error.body)
+        elif self._streaming:
+            await self.end(
+                error_frame("The gateway failed on this answer.", "server_error", "internal_error")
+            )
+
+
+def _route(path: str) -> tuple[Route, str]:
+    """The route of a path, with or without `/v1`, and what stands for `{id}`. Raises NotFound."""
+    path = path.removeprefix("/v1") if path.startswith("/v1/") else path
+    route = _BY_PATH.get(path)
+    if route is not None and route.path != _ONE_MODEL:
+        return route, ""
+    if path.startswith("/models/") and len(path) > len("/models/"):
+        return _BY_PATH[_ONE_MODEL], path.removeprefix("/models/")
+    raise NotFound(
+        "No such route. The data plane serves " + ", ".join(f"/v1{r.path}" for r in ROUTES[:3]) + "."
+    )
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    """Lower-case names. A header given twice keeps its last value, except `x-farthing-tags`, which add up."""
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in scope["headers"]:
+        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+        if name == "x-farthing-tags" and name in headers:
+            value = f"{headers[name]},{value}"
+        headers[name] = value
+    return headers
+
+
+def _is_loopback(scope: Scope) -> bool:
+    client = scope.get("client")
+    return client is not None and str(client[0]).startswith(_LOOPBACK)
+
+
+async def _read_body(headers: Mapping[str, str], receive: Receive, limit: int) -> bytes:
+    """The body, inflated. Raises RequestTooLarge before more than `limit` bytes are held, and ClientLeft."""
+    declared = headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limit:
+        raise _too_large(limit)
+    parts: list[bytes] = []
+    size = 0
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        parts.append(part)
+        more = message.get("more_body", False)
+    return _inflated(b"".join(parts), headers.get("content-encoding", "").strip().lower(), limit)
+
+
+def _inflated(body: bytes, encoding: str, limit: int) -> bytes:
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise InvalidRequest(
+            "'Content-Encoding' may be gzip, deflate or identity.",
+            param="content-encoding",
+            code="unsupported_encoding",
+        )
+    inflater = zlib.decompressobj(wbits=47)  # 32 + 15: gzip or zlib, told apart by the header
+    try:
+        inflated = inflater.decompress(body, limit + 1)
+    except zlib.error:
+        raise InvalidRequest(
+            f"The body is not {encoding}, as 'Content-Encoding' says.", param="content-encoding"
+        ) from None
+    if len(inflated) > limit:
+        raise _too_large(limit)
+    if not inflater.eof:
+        raise InvalidRequest("The compressed body is cut short.", param="content-encoding")
+    return inflated
+
+
+def _too_large(limit: int) -> RequestTooLarge:
+    return RequestTooLarge(
+        f"The body is larger than {limit // (1024 * 1024)} MiB. Send less, or raise the limit."
+    )
+
+
+@asynccontextmanager
+async def _leaving(receive: Receive) -> AsyncIterator[None]:
+    """Cancels the block when the client leaves, and raises ClientLeft in its place."""
+    task = asyncio.current_task()
+    assert task is not None
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        task.cancel()
+
+    watcher = asyncio.get_running_loop().create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if left and task.uncancel() == 0:
+            raise ClientLeft from None
+        raise
+    finally:
+        watcher.cancel()
+
+
+def _model_object(name: str) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "farthing"}
+
+
+def _safe(value: str) -> bytes:
+    """A header value without control characters, so that nothing can add a header of its own."""
+    return "".join(c if " " <= c <= "~" else "?" for c in value).encode("ascii")

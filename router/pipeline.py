@@ -1,0 +1,191 @@
+"""The way of one request, from top to bottom.
+
+    admit -> normalise -> exact cache -> classify -> semantic cache -> decide -> reserve -> dispatch -> settle
+
+`Pipeline.answer` is a context manager that the HTTP response owns: however the response ends, leaving the
+context settles the request. A call to a provider is a task of its own (a flight), which identical requests
+share; the request that started it books it, the others book nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from router.core.errors import Overloaded, RequestError, UnavailableError
+from router.core.ports import Clock, Snapshot
+from router.core.types import NanoUSD, Usage
+from router.stages.admit import Admission, merge_tags, read_wishes
+from router.stages.classify import Classify
+from router.stages.decide import Decide
+from router.stages.dispatch import Dispatch
+from router.stages.exact import ExactCache, StoredAnswer
+from router.stages.exchange import Exchange
+from router.stages.flight import Flight, Flights, Head, Subscription, UsageFrame
+from router.stages.normalise import conversation_of, named_model, normalise_chat
+from router.stages.reply import Answer, stored_answer, streamed_answer, whole_answer
+from router.stages.reserve import Reserve
+from router.stages.settle import Settle, note_failure
+
+
+@dataclass(frozen=True, slots=True)
+class Inbound:
+    """A request as it came in. Header names are lower case; `loopback` is about the peer's address."""
+
+    request_id: str
+    endpoint: str
+    headers: Mapping[str, str]
+    body: bytes
+    loopback: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """`configuration` gives the snapshot in force, `draw` a random number in [0, 1)."""
+
+    configuration: Callable[[], Snapshot]
+    admission: Admission
+    exact: ExactCache
+    flights: Flights
+    classify: Classify
+    decide: Decide
+    reserve: Reserve
+    dispatch: Dispatch
+    settle: Settle
+    clock: Clock
+    draw: Callable[[], float]
+
+    @asynccontextmanager
+    async def answer(self, inbound: Inbound) -> AsyncIterator[Answer]:
+        """Raises RequestError before the first byte. After it, the answer's own frames tell how it ended."""
+        exchange = await self._admit(inbound)
+        key = self.exact.key(exchange)
+        stored = await self.exact.find(key, exchange) if key is not None else None
+        if stored is not None:
+            yield self._hit(exchange, stored)
+            return
+        flight = self._join_or_lead(exchange, key)
+        subscription = flight.subscribe()
+        try:
+            try:
+                head = await subscription.head()
+            except RequestError:
+                if flight.leader is exchange:
+                    raise
+                # The call it shared failed: it tries once for itself, or shares such a try.
+                subscription.close()
+                flight = self._join_or_lead(exchange, key)
+                subscription = flight.subscribe()
+                head = await subscription.head()
+            yield await self._live(exchange, subscription, head)
+        except BaseException as error:
+            if flight.leader is not exchange:
+                note_failure(exchange, error)
+            raise
+        finally:
+            subscription.close()
+            if flight.leader is not exchange:
+                self._settle_follower(exchange, flight)
+
+    async def _admit(self, inbound: Inbound) -> Exchange:
+        self.admission.check_room()
+        opened_at, started = self.clock.now(), self.clock.monotonic()
+        caller = await self.admission.caller(inbound.headers.get("authorization"), inbound.loopback)
+        wishes = read_wishes(inbound.headers)
+        request = normalise_chat(inbound.body)
+        snapshot = self.configuration()
+        policy = snapshot.resolve(caller.team, caller.app, merge_tags(caller.tags, wishes.tags), opened_at)
+        reference, baseline_name, baseline_price = named_model(snapshot, policy, request, opened_at)
+        return Exchange(
+            id=inbound.request_id,
+            endpoint=inbound.endpoint,
+            opened_at=opened_at,
+            started=started,
+            caller=caller,
+            wishes=wishes,
+            request=request,
+            snapshot=snapshot,
+            policy=policy,
+            reference=reference,
+            baseline_name=baseline_name,
+            baseline_price=baseline_price,
+            conversation=conversation_of(caller, request),
+        )
+
+    def _hit(self, exchange: Exchange, stored: StoredAnswer) -> Answer:
+        exchange.cache, exchange.cache_entry = "exact", stored.entry
+        exchange.status, exchange.http_status = "complete", 200
+        answer = stored_answer(exchange, stored)
+        exchange.first_token_ms = 1000 * (self.clock.monotonic() - exchange.started)
+        self.settle.from_cache(exchange, stored.usage, stored.cost, stored.model, stored.provider)
+        return answer
+
+    def _join_or_lead(self, exchange: Exchange, key: str | None) -> Flight:
+        shared = self.flights.joinable(key) if exchange.wishes.read_cache else None
+        if shared is not None:
+            exchange.cache = "exact"
+            return shared
+        exchange.cache = "miss"
+        return self.flights.start(key, exchange, self._lead, self._landed)
+
+    async def _lead(self, exchange: Exchange, flight: Flight) -> None:
+        """The way of a request that needs a model."""
+        policy, snapshot = exchange.policy, exchange.snapshot
+        exchange.prices = {name: snapshot.price(name, exchange.opened_at) for name in policy.allow}
+        if len(policy.allow) > 1 and (exchange.reference is None or policy.substitute):
+            exchange.verdict = await self.classify.verdict(
+                exchange.request.prompt, lambda verdict: self.decide.could_change(exchange, verdict)
+            )
+        elif policy.advise and self.draw() < policy.advise:
+            exchange.advice = self.classify.aside(exchange.request.prompt)
+        self.decide.choose(exchange, self.draw())
+        try:
+            await self.reserve.hold(exchange, lambda: self.decide.downgraded(exchange))
+            self.settle.open(exchange)
+        except UnavailableError as away:
+            raise Overloaded(
+                "The gateway cannot account for this request right now. Try again shortly.", retry_after=2
+            ) from away
+        await self.dispatch.run(exchange, flight)
+
+    def _landed(self, exchange: Exchange, flight: Flight) -> None:
+        """The flight has ended, however: it is booked once, and a complete answer is kept."""
+        if exchange.status in ("complete", "cut"):
+            exchange.http_status = 200
+        elif flight.error is not None:
+            note_failure(exchange, flight.error)
+        exchange.potential_savings = self.decide.potential(exchange)
+        record = self.settle.dispatched(exchange)
+        body = flight.body
+        if record is not None and body is not None and flight.key is not None:
+            self.exact.store(flight.key, exchange, record, body, self.draw())
+
+    async def _live(self, exchange: Exchange, subscription: Subscription, head: Head) -> Answer:
+        flight, leader = subscription.flight, subscription.flight.leader
+        if exchange.request.stream and flight.stream:
+            return streamed_answer(exchange, leader, head, self._relay(exchange, subscription))
+        await subscription.finished()
+        body = flight.body
+        if body is None or leader.status != "complete":
+            raise Overloaded("The call this request shared broke off. Send it again.", retry_after=0)
+        exchange.status, exchange.http_status = "complete", 200
+        cost = leader.record.cost if leader.record is not None else None
+        return whole_answer(exchange, leader, head, body, cost if leader is exchange else NanoUSD(0))
+
+    async def _relay(self, exchange: Exchange, subscription: Subscription) -> AsyncIterator[bytes]:
+        wants_usage = exchange.request.include_usage
+        async for frame in subscription.frames():
+            if wants_usage or not isinstance(frame, UsageFrame):
+                yield frame
+        leader = subscription.flight.leader
+        if leader is not exchange:
+            exchange.status, exchange.http_status = leader.status, 200
+
+    def _settle_follower(self, exchange: Exchange, flight: Flight) -> None:
+        if flight.head is None:
+            return  # the call it shared failed before an answer began: nothing was admitted
+        exchange.cache_entry = flight.leader.id
+        record = flight.leader.record
+        usage, cost = (record.usage, record.cost) if record is not None else (Usage(), None)
+        self.settle.from_cache(exchange, usage, cost, flight.head.model, flight.head.provider)

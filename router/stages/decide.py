@@ -1,0 +1,126 @@
+"""Asks `router.core.decide` with what is known now: the verdict, the prices and how every model does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+from classifiers.classifier import Verdict
+from router.core.decide import DEFAULT_OUTPUT_TOKENS, NoPlan, Plan, Question, decide
+from router.core.errors import ContextExceeded, InvalidRequest, NotAllowed, NothingMeets, RequestError
+from router.core.health import Health
+from router.core.policy import EffectivePolicy
+from router.core.ports import Clock
+from router.core.pricing import price_usage, total
+from router.core.types import PROMPT_CLASSES, NanoUSD, PromptClass
+from router.stages.exchange import Exchange
+
+
+class Decide:
+    def __init__(self, health: Health, clock: Clock) -> None:
+        self._health = health
+        self._clock = clock
+
+    def choose(self, exchange: Exchange, draw: float) -> None:
+        """Sets the plan on the exchange. Raises the refusal where nothing may serve the request."""
+        plan = self.plan(exchange, exchange.policy, exchange.verdict, draw=draw)
+        if isinstance(plan, NoPlan):
+            raise _refused(plan, exchange)
+        exchange.plan = plan
+
+    def downgraded(self, exchange: Exchange) -> Plan | NoPlan:
+        """The plan for a budget at its limit."""
+        return self.plan(exchange, exchange.policy, exchange.verdict, downgrade=True)
+
+    def plan(
+        self,
+        exchange: Exchange,
+        policy: EffectivePolicy,
+        verdict: Verdict | None,
+        *,
+        draw: float = 1.0,
+        downgrade: bool = False,
+    ) -> Plan | NoPlan:
+        snapshot, now = exchange.snapshot, self._clock.monotonic()
+        live = {
+            name: self._health.status(snapshot.models[name].provider, name, now, exchange.conversation)
+            for name in policy.allow
+        }
+        question = exchange.question = _question(exchange, verdict)
+        return decide(
+            question, policy, snapshot.models, exchange.prices, live, draw=draw, downgrade=downgrade
+        )
+
+    def could_change(self, exchange: Exchange, verdict: Verdict) -> bool:
+        """Whether a neighbouring class would have led to another model."""
+        choice = _choice(self.plan(exchange, exchange.policy, verdict))
+        return any(
+            _choice(self.plan(exchange, exchange.policy, other)) != choice for other in _neighbours(verdict)
+        )
+
+    def potential(self, exchange: Exchange) -> NanoUSD | None:
+        """What a named request would have saved, had the policy let a cheaper model answer it."""
+        advice, plan = exchange.advice, exchange.plan
+        if advice is None or not advice.done() or advice.cancelled() or advice.exception() is not None:
+            return None
+        if plan is None or not exchange.attempts or exchange.attempts[-1].cost is None:
+            return None
+        freed = replace(exchange.policy, substitute=True)
+        other = _choice(self.plan(exchange, freed, advice.result()))
+        price = exchange.prices.get(other) if other is not None else None
+        if price is None:
+            return None
+        served = exchange.attempts[-1]
+        return NanoUSD((served.cost or 0) - total(price_usage(served.usage, price)))
+
+
+def _question(exchange: Exchange, verdict: Verdict | None) -> Question:
+    request, policy, wishes = exchange.request, exchange.policy, exchange.wishes
+    limits = [limit for limit in (policy.max_cost_per_request, wishes.max_cost) if limit is not None]
+    return Question(
+        needs=request.needs,
+        parameters=request.parameters,
+        stream=request.stream,
+        choices=request.choices,
+        input_tokens=request.input_tokens,
+        output_tokens=verdict.output_tokens if verdict is not None else DEFAULT_OUTPUT_TOKENS,
+        asked_output=request.max_output,
+        reference=exchange.reference,
+        prompt_class=verdict.prompt_class if verdict is not None else None,
+        difficulty=verdict.difficulty if verdict is not None else None,
+        min_quality=wishes.min_quality,
+        max_cost=min(limits) if limits else None,
+    )
+
+
+def _choice(plan: Plan | NoPlan) -> str | None:
+    return plan.models[0] if isinstance(plan, Plan) else None
+
+
+def _neighbours(verdict: Verdict) -> list[Verdict]:
+    at = PROMPT_CLASSES.index(cast("PromptClass", verdict.prompt_class))
+    centres = ((index * 2 + 1) / 6 for index in range(3))
+    others = zip(PROMPT_CLASSES, centres, strict=True)
+    return [
+        replace(verdict, prompt_class=name, difficulty=centre)
+        for index, (name, centre) in enumerate(others)
+        if abs(index - at) == 1
+    ]
+
+
+def _refused(plan: NoPlan, exchange: Exchange) -> RequestError:
+    why = "; ".join(f"{name}: {reason}" for name, reason in sorted(plan.dropped.items()))
+    if plan.kind == "context":
+        return ContextExceeded(
+            f"The prompt is too long for every model that may answer. {why}", param="messages"
+        )
+    if plan.kind == "nothing_meets":
+        return NothingMeets(f"No model meets the policy for this request right now. {why}", retry_after=5)
+    reference = exchange.reference
+    if reference is not None and reference in exchange.policy.allow:
+        return InvalidRequest(
+            f"The model '{reference}' cannot serve this request: {plan.dropped.get(reference, 'unknown')}.",
+            param="model",
+            code="unsupported_by_model",
+        )
+    return NotAllowed(f"The policy leaves no model for this request. {why}", param="model")

@@ -1,0 +1,467 @@
+"""Runs the plan: one provider after the other until one answers, bytes passing through as they come.
+
+The gateway is the only layer that retries, and it never retries after the first byte went to the caller. A
+200 counts only from the provider's first data event on; an answer that breaks later ends with an error event
+and never with an invented end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from router.core.errors import (
+    ContextExceeded,
+    RateLimited,
+    RequestError,
+    UpstreamError,
+    UpstreamFailed,
+    UpstreamRejected,
+    UpstreamTimedOut,
+)
+from router.core.health import Health
+from router.core.json_object import edit
+from router.core.openai_wire import StreamTap, complete_answer, error_frame
+from router.core.policy import ModelSpec, ProviderSpec
+from router.core.ports import Clock, Journal, Upstream, UpstreamCall, UpstreamReply
+from router.core.pricing import price_usage, total
+from router.core.tokens import estimate_tokens
+from router.core.types import Attempt, AttemptOutcome, AttemptRecord, NanoUSD, Usage
+from router.stages.exchange import Exchange
+from router.stages.flight import Flight, Head, UsageFrame
+from router.stages.reserve import Reserve, output_held, worst_case_of
+
+MAX_ATTEMPTS = 3
+MAX_BODY = 64 * 1024 * 1024
+MAX_ERROR_BODY = 64 * 1024
+LONGEST_WAIT = 2.0
+"""Seconds a Retry-After is waited for; a longer one makes the next model answer at once."""
+FIRST_WAIT = 0.1
+
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+# A provider says no to the request itself; another provider may still take it when the app left us the choice.
+_REQUEST_FAULTS = frozenset({400, 413, 415, 422})
+_PASSED_HEADERS = ("openai-processing-ms", "openai-version", "x-ratelimit-remaining-requests")
+
+
+class RetryBudget:
+    """Retries may add at most a fifth to the load, so that a failing provider is not flooded (a token bucket)."""
+
+    def __init__(self, share: float = 0.2, burst: float = 20.0) -> None:
+        self._share = share
+        self._burst = burst
+        self._tokens = burst
+
+    def request(self) -> None:
+        self._tokens = min(self._burst, self._tokens + self._share)
+
+    def take(self) -> bool:
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+@dataclass(slots=True)
+class _Trial:
+    """One attempt while it runs."""
+
+    index: int
+    model: ModelSpec
+    provider: ProviderSpec
+    record: AttemptRecord
+    started: float
+    tap: StreamTap | None = None
+    status: int | None = None
+    first_token: float | None = None
+
+
+class Dispatch:
+    """`wires` by name of wire; `pause` sleeps between retries; `draw` gives the jitter in [0, 1)."""
+
+    def __init__(
+        self,
+        wires: Mapping[str, Upstream],
+        reserve: Reserve,
+        journal: Journal,
+        health: Health,
+        clock: Clock,
+        draw: Callable[[], float],
+    ) -> None:
+        self._wires = wires
+        self._reserve = reserve
+        self._journal = journal
+        self._health = health
+        self._clock = clock
+        self._draw = draw
+        self._retries = RetryBudget()
+
+    async def run(self, exchange: Exchange, flight: Flight) -> None:
+        """Fills the flight with the answer and the exchange with its attempts. Raises RequestError when every
+        model failed before the first byte.
+        """
+        assert exchange.plan is not None
+        self._retries.request()
+        models = exchange.plan.models
+        failure: Exception | None = None
+        for index in range(MAX_ATTEMPTS):
+            name = models[index] if index < len(models) else models[0]
+            if index and not await self._may_try_again(exchange, name, index, len(models), failure):
+                break
+            try:
+                await self._attempt(exchange, flight, name, index)
+                return
+            except RequestError as rejected:
+                failure = rejected
+                if exchange.question is not None and exchange.question.reference is not None:
+                    break
+                if index + 1 >= len(models):
+                    break
+            except UpstreamError as error:
+                failure = error
+        raise _told(failure)
+
+    async def _may_try_again(
+        self, exchange: Exchange, name: str, index: int, planned: int, failure: Exception | None
+    ) -> bool:
+        wait = 0.0
+        if index >= planned:
+            # The plan is used up: the first model once more, after a pause, where its fault may pass.
+            if not isinstance(failure, UpstreamError) or not _may_pass(failure):
+                return False
+            wait = failure.retry_after if failure.retry_after is not None else FIRST_WAIT * 2**index
+            if wait > LONGEST_WAIT:
+                return False
+        if not self._retries.take():
+            return False
+        amount = worst_case_of(exchange, name)
+        if not await self._reserve.top_up(exchange, amount or NanoUSD(0)):
+            return False
+        if wait:
+            await asyncio.sleep(wait * (1 + 0.2 * self._draw()))
+        return True
+
+    async def _attempt(self, exchange: Exchange, flight: Flight, name: str, index: int) -> None:
+        snapshot = exchange.snapshot
+        model = snapshot.models[name]
+        provider = snapshot.providers[model.provider]
+        record = AttemptRecord(
+            exchange.id,
+            index,
+            provider.name,
+            name,
+            model.upstream_name,
+            self._clock.now(),
+            exchange.prices.get(name),
+        )
+        trial = _Trial(index, model, provider, record, self._clock.monotonic())
+        call = UpstreamCall(
+            provider,
+            model,
+            "/chat/completions",
+            body_for(exchange, model, provider),
+            exchange.request.stream,
+            exchange.id,
+        )
+        self._journal.attempt(record)
+        self._health.trying(provider.name, name, trial.started)
+        reply: UpstreamReply | None = None
+        try:
+            # A JSON answer often sends its headers only with its end, so only its whole time is bounded.
+            patience = provider.timeouts.first_token if exchange.request.stream else provider.timeouts.total
+            async with asyncio.timeout(patience) as deadline:
+                reply = await self._wires[provider.wire].send(call)
+                trial.status = reply.status
+                if reply.status != 200:
+                    await self._refused(trial, reply)
+                elif exchange.request.stream:
+                    await self._stream(exchange, flight, trial, reply, deadline)
+                else:
+                    await self._whole(exchange, flight, trial, reply)
+        except TimeoutError:
+            error = UpstreamError("timeout", f"{provider.name} did not answer in time")
+            self._failed(exchange, flight, trial, error)
+        except (UpstreamError, RequestError) as raised:
+            self._failed(exchange, flight, trial, raised)
+        except BaseException:
+            self._health.abandoned(provider.name, name)
+            self._book(exchange, trial, "cancelled", "client left")
+            raise
+        finally:
+            if reply is not None:
+                reply.close()
+
+    async def _stream(
+        self,
+        exchange: Exchange,
+        flight: Flight,
+        trial: _Trial,
+        reply: UpstreamReply,
+        deadline: asyncio.Timeout,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        timeouts = trial.provider.timeouts
+        end = loop.time() + timeouts.total
+        tap = trial.tap = StreamTap(client_wants_usage=True)
+        held: list[bytes] = []
+        bound = self._output_held(exchange, trial)
+        async for chunk in reply.chunks():
+            usage_before = tap.usage_raw
+            try:
+                frames = tap.feed(chunk)
+            except ValueError:
+                raise UpstreamError("protocol", "an event passed the size limit") from None
+            if tap.error is not None:
+                raise UpstreamError(
+                    "status" if tap.error.first else "cut",
+                    "the provider sent an error event",
+                    status=tap.error.status or (502 if tap.error.first else None),
+                )
+            if flight.head is None:
+                if not tap.first_data_seen:
+                    held.extend(frames)
+                    continue
+                trial.first_token = self._clock.monotonic() - trial.started
+                self._health.first_token(trial.model.name, trial.first_token, self._clock.monotonic())
+                self._begin(exchange, flight, trial, reply)
+                frames = [*held, *frames]
+            if tap.usage_raw is not usage_before:
+                frames = [UsageFrame(f) if _NO_CHOICES.search(f) and b'"usage"' in f else f for f in frames]
+            for frame in frames:
+                flight.append(frame)
+            if tap.content_frames > bound:
+                bound = await self._extend(exchange, trial, bound)
+            deadline.reschedule(min(loop.time() + timeouts.idle, end))
+            await flight.room()
+        for frame in tap.finish():
+            flight.append(frame)
+        if not tap.complete:
+            raise UpstreamError("cut", "the stream ended before its finish_reason")
+        if flight.head is None:
+            raise UpstreamError("protocol", "the stream held no event")
+        seconds = self._clock.monotonic() - trial.started - (trial.first_token or 0.0)
+        usage, estimated = self._usage(exchange, trial, None)
+        self._health.rate(trial.model.name, usage.output_total, seconds)
+        self._succeeded(exchange, trial, usage, estimated)
+
+    async def _whole(self, exchange: Exchange, flight: Flight, trial: _Trial, reply: UpstreamReply) -> None:
+        parts: list[bytes] = []
+        size = 0
+        async for chunk in reply.chunks():
+            size += len(chunk)
+            if size > MAX_BODY:
+                raise UpstreamError("protocol", "the answer passed the size limit")
+            parts.append(chunk)
+        body = b"".join(parts)
+        facts = complete_answer(body)
+        if facts is None:
+            raise UpstreamError("protocol", "the answer is not a JSON object")
+        if not facts.finish_reasons:
+            raise UpstreamError("protocol", "the answer holds no choice")
+        usage, estimated = (
+            (facts.usage, facts.usage_contradicts)
+            if facts.usage is not None
+            else (self._estimate(exchange, facts.output_characters), True)
+        )
+        seconds = self._clock.monotonic() - trial.started
+        status = self._health.status(trial.provider.name, trial.model.name, self._clock.monotonic())
+        rate = status.tokens_per_second or trial.model.expect_tokens_per_second
+        # What of the whole time was the wait for the first token, at the rate this model writes with.
+        writing = usage.output_total / rate if rate else 0.0
+        self._health.first_token(trial.model.name, max(seconds - writing, 0.0), self._clock.monotonic())
+        self._begin(exchange, flight, trial, reply)
+        flight.append(body)
+        self._succeeded(exchange, trial, usage, estimated, complete=facts.complete)
+
+    def _begin(self, exchange: Exchange, flight: Flight, trial: _Trial, reply: UpstreamReply) -> None:
+        exchange.first_token_ms = 1000 * (self._clock.monotonic() - exchange.started)
+        flight.begin(
+            Head(
+                trial.model.name,
+                trial.provider.name,
+                {name: reply.headers[name] for name in _PASSED_HEADERS if name in reply.headers},
+            )
+        )
+
+    async def _refused(self, trial: _Trial, reply: UpstreamReply) -> None:
+        """Raises for an answer other than 200. Only a fault of the request itself keeps the provider's body."""
+        parts: list[bytes] = []
+        size = 0
+        async for chunk in reply.chunks():
+            parts.append(chunk)
+            size += len(chunk)
+            if size > MAX_ERROR_BODY:
+                break
+        body = b"".join(parts)
+        if reply.status in _REQUEST_FAULTS:
+            if b"context_length_exceeded" in body:
+                raise ContextExceeded(
+                    "The prompt is longer than the context of the model that was chosen.", param="messages"
+                )
+            raise UpstreamRejected(reply.status, body, reply.headers.get("content-type", "application/json"))
+        retry_after = _seconds(reply.headers.get("retry-after"))
+        if reply.status == 429 and b"insufficient_quota" in body:
+            raise UpstreamError("quota", "the provider's quota is used up", status=429)
+        raise UpstreamError(
+            "status", f"the provider answered {reply.status}", status=reply.status, retry_after=retry_after
+        )
+
+    def _failed(
+        self, exchange: Exchange, flight: Flight, trial: _Trial, error: UpstreamError | RequestError
+    ) -> None:
+        """Books the failed attempt, then raises it; after the first byte it ends the stream instead."""
+        now = self._clock.monotonic()
+        provider, name = trial.provider.name, trial.model.name
+        if isinstance(error, UpstreamError):
+            hold = error.retry_after if error.status == 429 else None
+            self._health.failure(provider, name, now, unreachable=error.kind == "connect", hold=hold)
+            if error.kind == "timeout" and trial.first_token is None:
+                self._health.first_token(name, now - trial.started, now)
+            kind = error.kind
+        else:
+            self._health.success(provider, name, now)  # it is up: it read the request and said no
+            kind = "rejected"
+        begun = flight.head is not None
+        outcome: AttemptOutcome = "cut" if begun else "timeout" if kind == "timeout" else "failed"
+        self._book(exchange, trial, outcome, kind)
+        if not begun:
+            raise error
+        exchange.status, exchange.error = "cut", kind
+        if kind == "budget":
+            flight.append(
+                error_frame(
+                    "The budget has no room for more of this answer.", "insufficient_quota", "budget_exceeded"
+                )
+            )
+        else:
+            flight.append(
+                error_frame("The provider's answer broke off before its end.", "server_error", "upstream_cut")
+            )
+
+    def _succeeded(
+        self, exchange: Exchange, trial: _Trial, usage: Usage, estimated: bool, complete: bool = True
+    ) -> None:
+        now = self._clock.monotonic()
+        self._health.success(trial.provider.name, trial.model.name, now)
+        if exchange.conversation is not None:
+            self._health.warmed(exchange.conversation, trial.model.name, now)
+        self._book(exchange, trial, "complete", None, usage, estimated)
+        exchange.status = "complete"
+        exchange.error = None if complete else "no_finish_reason"
+
+    def _book(
+        self,
+        exchange: Exchange,
+        trial: _Trial,
+        outcome: AttemptOutcome,
+        error: str | None,
+        usage: Usage | None = None,
+        estimated: bool = False,
+    ) -> None:
+        """Appends the attempt with its cost. A call that never reached a provider, or that it refused, costs
+        nothing; one that was cut or left early is estimated from what was seen of it.
+        """
+        if usage is None:
+            usage, estimated = self._usage(exchange, trial, error)
+        price = trial.record.price
+        lines = price_usage(usage, price) if price is not None else ()
+        free = not any(usage.quantities())
+        exchange.attempts.append(
+            Attempt(
+                index=trial.index,
+                provider=trial.provider.name,
+                model=trial.model.name,
+                upstream_model=trial.model.upstream_name,
+                started_at=trial.record.started_at,
+                outcome=outcome,
+                status_code=trial.status,
+                error=error,
+                first_token_ms=None if trial.first_token is None else 1000 * trial.first_token,
+                duration_ms=1000 * (self._clock.monotonic() - trial.started),
+                usage=usage,
+                estimated=estimated,
+                lines=lines,
+                cost=total(lines) if price is not None else NanoUSD(0) if free else None,
+                price=price,
+            )
+        )
+
+    def _usage(self, exchange: Exchange, trial: _Trial, error: str | None) -> tuple[Usage, bool]:
+        """What this attempt used and whether that is an estimate."""
+        tap = trial.tap
+        if tap is not None and tap.usage is not None:
+            return tap.usage, tap.usage_contradicts
+        if error in ("connect", "status", "quota", "rejected") or (
+            error == "protocol" and (tap is None or not tap.content_frames)
+        ):
+            return Usage(), False
+        return self._estimate(exchange, tap.output_characters if tap is not None else 0), True
+
+    @staticmethod
+    def _estimate(exchange: Exchange, output_characters: int) -> Usage:
+        # Only the number of characters of the answer is known, never its text.
+        return Usage(
+            input=exchange.request.input_tokens,
+            output=estimate_tokens("x" * min(output_characters, MAX_BODY)) if output_characters else 0,
+        )
+
+    def _output_held(self, exchange: Exchange, trial: _Trial) -> int:
+        return exchange.request.choices * max(1, output_held(exchange.request, trial.model, exchange.policy))
+
+    async def _extend(self, exchange: Exchange, trial: _Trial, bound: int) -> int:
+        """A stream outgrows its hold: holds as much again, or ends it."""
+        amount = worst_case_of(exchange, trial.model.name)
+        if amount is None or await self._reserve.top_up(exchange, amount):
+            return bound + self._output_held(exchange, trial)
+        raise UpstreamError("budget", "the budget has no room for more of this answer")
+
+
+def body_for(exchange: Exchange, model: ModelSpec, provider: ProviderSpec) -> bytes:
+    """The caller's body with the model's own name, declared renames, and usage asked for on a stream."""
+    request = exchange.request
+    changes: dict[str, object] = {"model": model.upstream_name}
+    if request.stream and provider.stream_usage and not request.include_usage:
+        options = request.body.get("stream_options")
+        changes["stream_options"] = {**(options or {}), "include_usage": True}
+    return edit(request.text, request.spans, changes, model.rename)
+
+
+def _may_pass(error: UpstreamError) -> bool:
+    return error.kind in ("connect", "timeout", "protocol") or error.status in (
+        408,
+        409,
+        425,
+        429,
+        500,
+        502,
+        503,
+        504,
+    )
+
+
+def _told(failure: Exception | None) -> Exception:
+    """What the caller hears of the last failure: never a provider's own 401, 402, 403 or quota."""
+    if isinstance(failure, RequestError):
+        return failure
+    if isinstance(failure, UpstreamError):
+        if failure.kind == "timeout":
+            return UpstreamTimedOut(
+                "No model of the plan answered in time. Try again, or raise its timeouts."
+            )
+        if failure.status == 429 and failure.kind == "status":
+            return RateLimited(
+                "Every model that may answer is rate limited at its provider. Try again.",
+                retry_after=failure.retry_after or 1,
+            )
+    return UpstreamFailed("Every model that may answer failed. The attempts are in the ledger.")
+
+
+def _seconds(text: str | None) -> float | None:
+    """Retry-After in seconds; a date or anything else is treated as not sent."""
+    try:
+        value = float(text) if text is not None else None
+    except ValueError:
+        return None
+    return value if value is not None and 0 <= value < 1e6 else None

@@ -1,0 +1,108 @@
+"""What goes back to the caller: headers that say what was decided, and the answer in the form it asked for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+
+from router.core.openai_wire import StreamTap, json_to_sse, sse_to_json
+from router.core.types import NANO_PER_USD, ChatRequest, NanoUSD
+from router.stages.exact import StoredAnswer
+from router.stages.exchange import Exchange
+from router.stages.flight import Head
+
+MAX_DECISION = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`headers` are known before the first byte; `frames` is the body, to be read once."""
+
+    status: int
+    content_type: str
+    headers: Mapping[str, str]
+    frames: AsyncIterator[bytes]
+
+
+def stored_answer(exchange: Exchange, stored: StoredAnswer) -> Answer:
+    """A cache hit."""
+    headers = _headers(exchange, stored.model, stored.prompt_class, "exact cache hit")
+    headers["x-farthing-cost-usd"] = "0"
+    headers["age"] = str(max(0, int(exchange.opened_at.timestamp() - stored.stored_at)))
+    return _answer(exchange, headers, _once(_in_form(stored.body, stored.stream, exchange.request)))
+
+
+def whole_answer(
+    exchange: Exchange, leader: Exchange, head: Head, body: bytes, cost: NanoUSD | None
+) -> Answer:
+    """An answer that has ended; `body` is in the leader's form."""
+    headers = _live_headers(exchange, leader, head)
+    if cost is not None:
+        headers["x-farthing-cost-usd"] = _usd(cost)
+    return _answer(exchange, headers, _once(_in_form(body, leader.request.stream, exchange.request)))
+
+
+def streamed_answer(exchange: Exchange, leader: Exchange, head: Head, frames: AsyncIterator[bytes]) -> Answer:
+    """An answer that is still coming."""
+    return _answer(exchange, _live_headers(exchange, leader, head), frames)
+
+
+def _answer(exchange: Exchange, headers: Mapping[str, str], frames: AsyncIterator[bytes]) -> Answer:
+    return Answer(200, _content_type(exchange.request), headers, frames)
+
+
+def _live_headers(exchange: Exchange, leader: Exchange, head: Head) -> dict[str, str]:
+    words = _why(leader, head.model) if leader is exchange else "shares a call in flight"
+    return {**head.headers, **_headers(exchange, head.model, leader.prompt_class, words)}
+
+
+def _headers(exchange: Exchange, model: str, prompt_class: str | None, words: str) -> dict[str, str]:
+    room = MAX_DECISION - len(exchange.id) - 2
+    return {
+        "x-farthing-model": model,
+        "x-farthing-class": prompt_class or "none",
+        "x-farthing-cache": exchange.cache,
+        "x-farthing-policy": exchange.policy.policy_hash[:16],
+        "x-farthing-decision": f"{words[:room]}; {exchange.id}",
+    }
+
+
+def _why(exchange: Exchange, model: str) -> str:
+    """The decision in words; the rest is told by `farthing policy explain --request-id`."""
+    plan, verdict = exchange.plan, exchange.verdict
+    if plan is None:
+        return model
+    words = [f"{model} ({plan.reason.replace('_', ' ')})"]
+    if model != plan.models[0]:
+        words.append(f"after {plan.models[0]} failed")
+    if verdict is not None:
+        words.append(f"{verdict.prompt_class}: {verdict.reason}")
+    words.extend(f"not {name}: {reason}" for name, reason in plan.dropped.items())
+    return "; ".join(words).encode("ascii", "replace").decode("ascii")
+
+
+def _content_type(request: ChatRequest) -> str:
+    return "text/event-stream; charset=utf-8" if request.stream else "application/json"
+
+
+def _in_form(body: bytes, stream: bool, request: ChatRequest) -> bytes:
+    """A complete answer as JSON or as a stream, as this request wants it, usage as it asked for."""
+    if stream and not request.stream:
+        return sse_to_json(body)
+    if not stream and request.stream:
+        return json_to_sse(body, request.include_usage)
+    if stream and not request.include_usage:
+        tap = StreamTap(client_wants_usage=False)
+        return b"".join([*tap.feed(body), *tap.finish()])
+    return body
+
+
+def _usd(amount: NanoUSD) -> str:
+    """Exact, without an exponent and without zeros at the end."""
+    text = f"{Decimal(amount) / NANO_PER_USD:.9f}"
+    return text.rstrip("0").rstrip(".")
+
+
+async def _once(body: bytes) -> AsyncIterator[bytes]:
+    yield body
