@@ -711,7 +711,7 @@ class PolicyFile(Entry):
     exceptions: list[ExceptionEntry] = []
 
 
-File = TypeVar("File", ProvidersFile, PolicyFile)
+File = TypeVar("File", bound=BaseModel)
 
 
 def json_schema(kind: type[BaseModel]) -> dict[str, Any]:
