@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from router.adapters.sql.writer import LedgerWriter
 from router.core.errors import UnavailableError
 from router.core.types import NanoUSD, Usage
 from tests.contracts.ledger_records import FixedClock, attempted, new_id, opened, price, settled
-from tests.contracts.sql_databases import database_url, postgresql_server, postgresql_url, sqlite_url  # noqa: F401
+
+pytest_plugins = ["tests.contracts.sql_databases"]
 
 
 @pytest.fixture
@@ -107,7 +109,7 @@ async def test_a_dead_workers_journal_is_booked_once(engine: Engine, tmp_path: P
     dead.attempt(attempted(done))
     dead.attempt(attempted(priced))
     dead.attempt(attempted(priced, 1))
-    dead.attempt(_unpriced(unpriced))
+    dead.attempt(replace(attempted(unpriced), price=None))
     dead.settle(settled(done))
     with worker(engine, tmp_path, adopt_every=60) as (_, writer):
         assert await writer.replay() == 0, "its owner lives"
@@ -126,12 +128,6 @@ async def test_a_dead_workers_journal_is_booked_once(engine: Engine, tmp_path: P
     outcomes = {(a["request_id"], a["attempt"]): a["outcome"] for a in rows(engine, schema.attempts)}
     assert (outcomes[priced, 0], outcomes[priced, 1]) == ("failed", "cancelled")
     assert journal_folders(tmp_path) == []
-
-
-def _unpriced(request_id: str) -> Any:
-    from dataclasses import replace
-
-    return replace(attempted(request_id), price=None)
 
 
 async def test_an_orphan_read_again_after_a_lost_commit_counts_once(engine: Engine, tmp_path: Path) -> None:
@@ -200,7 +196,7 @@ async def test_text_a_database_refuses_does_not_stop_the_ledger(engine: Engine, 
 
 async def test_a_record_sql_refuses_is_set_aside_alone(engine: Engine, tmp_path: Path) -> None:
     bad = settled(new_id())
-    bad = type(bad)(**{**_fields(bad), "attempts": (bad.attempts[0], bad.attempts[0])})
+    bad = replace(bad, attempts=(bad.attempts[0], bad.attempts[0]))  # the same key twice
     with worker(engine, tmp_path) as (journal, writer):
         journal.settle(bad)
         journal.settle(settled(new_id()))
@@ -208,12 +204,6 @@ async def test_a_record_sql_refuses_is_set_aside_alone(engine: Engine, tmp_path:
         assert writer.rejected == 1
     assert len(rows(engine, schema.requests)) == 1
     assert bad.id in (tmp_path / "rejected.jsonl").read_text()
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    from dataclasses import fields
-
-    return {f.name: getattr(record, f.name) for f in fields(record)}
 
 
 async def test_money_is_exact_to_the_nano_usd(engine: Engine, tmp_path: Path) -> None:
@@ -228,14 +218,23 @@ async def test_money_is_exact_to_the_nano_usd(engine: Engine, tmp_path: Path) ->
     assert row["spent"] == 3 * 250_000_000_000_500
 
 
+def take_away(database: Path, away: Path) -> None:
+    database.rename(away)
+    database.mkdir()  # opening it fails until it is back
+
+
+def bring_back(database: Path, away: Path) -> None:
+    database.rmdir()
+    away.rename(database)
+
+
 async def test_sql_away_and_back(tmp_path: Path, sqlite_url: str) -> None:
     engine = open_engine(sqlite_url)
     database = Path(sqlite_url.removeprefix("sqlite:///"))
     away = database.with_suffix(".away")
     journal = JournalFile(tmp_path / "journal")
     writer = LedgerWriter(engine, journal, tmp_path / "journal", FixedClock(), poll=0.01)
-    database.rename(away)
-    database.mkdir()  # opening it fails until it is back
+    take_away(database, away)
     writer.start()
     for _ in range(1200):
         journal.settle(settled(new_id()))
@@ -243,8 +242,7 @@ async def test_sql_away_and_back(tmp_path: Path, sqlite_url: str) -> None:
         await writer.flush(0.3)
     assert (writer.sql_up, writer.backlog, writer.unsettled) == (False, 1200, 1200)
     assert len(writer._batch) <= 500
-    database.rmdir()
-    away.rename(database)
+    bring_back(database, away)
     await writer.flush()
     assert (writer.sql_up, writer.backlog) == (True, 0)
     assert len(rows(engine, schema.requests)) == 1200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
@@ -11,11 +12,13 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
 
-from router.adapters.sql.database import writing
+from router.adapters.sql.database import unavailable, writing
 from router.adapters.sql.schema import (
     ROLLUP_KEY,
     ROLLUP_SUMS,
+    adjustments,
     attempts,
     budget_spend,
     cost_lines,
@@ -24,6 +27,7 @@ from router.adapters.sql.schema import (
     requests,
     spend_rollup,
 )
+from router.core.errors import ConfigurationError
 from router.core.types import BudgetWindow, PriceRecord, RequestRecord
 
 log = logging.getLogger(__name__)
@@ -42,6 +46,13 @@ def list_json(value: Sequence[Any]) -> str:
 
 def budgets_json(budgets: Sequence[BudgetWindow]) -> str:
     return _json.encode([(window.key, window.period) for window in budgets]).decode()
+
+
+def charge(record: RequestRecord) -> int:
+    """What a request takes from its budgets: its cost, and where that is unknown its worst case, since unknown is
+    never free. The reserve stage counts the same.
+    """
+    return record.worst_case if record.cost is None else record.cost
 
 
 def rollup_key(record: RequestRecord) -> tuple[str, ...]:
@@ -100,6 +111,10 @@ def _adding(table: sa.Table, key: Iterable[str], sums: Iterable[str]) -> str:
     return f" ON CONFLICT ({conflict}) DO UPDATE SET {added}"
 
 
+def _add_budget(mark: str) -> str:
+    return _sql(budget_spend, mark, _adding(budget_spend, ("key", "period"), ("spent", "requests")))
+
+
 class Ledger:
     """The tables of the ledger, for writing. Not thread-safe: one writer thread owns it."""
 
@@ -114,9 +129,7 @@ class Ledger:
         self._insert_attempt = _sql(attempts, mark)
         self._insert_line = _sql(cost_lines, mark)
         self._add_rollup = _sql(spend_rollup, mark, _adding(spend_rollup, ROLLUP_KEY, ROLLUP_SUMS))
-        self._add_budget = _sql(
-            budget_spend, mark, _adding(budget_spend, ("key", "period"), ("spent", "requests"))
-        )
+        self._add_budget = _add_budget(mark)
         self._known_prices: set[str] = set()
 
     def write(self, records: Sequence[RequestRecord], *, fresh: bool) -> int:
@@ -232,7 +245,7 @@ class Ledger:
             key, sums = rollup_key(record), rollup_sums(record)
             before = rollup.get(key)
             rollup[key] = sums if before is None else tuple(map(int.__add__, before, sums))
-            cost = record.cost or 0
+            cost = charge(record)
             for window in record.budgets:
                 spent, count = budgets.get((window.key, window.period), (0, 0))
                 budgets[window.key, window.period] = (spent + cost, count + 1)
@@ -266,6 +279,37 @@ class Ledger:
 
 def _unchanged(value: datetime) -> datetime:
     return value
+
+
+def adjust(engine: Engine, request_id: str, amount: int, reason: str, author: str, at: datetime) -> str:
+    """Corrects a booked request by `amount` nano-USD (negative: a refund) and returns the adjustment's id.
+
+    Raises ConfigurationError for an unknown request, UnavailableError when SQL does not answer.
+    """
+    adjustment_id = "adj_" + secrets.token_hex(8)
+    mark = "?" if engine.dialect.name == "sqlite" else "%s"
+    try:
+        with writing(engine) as connection:
+            query = sa.select(requests.c.budgets).where(requests.c.id == request_id)
+            budgets = connection.scalars(query).one_or_none()
+            if budgets is None:
+                raise ConfigurationError("no booked request has this id")
+            connection.execute(
+                sa.insert(adjustments).values(
+                    id=adjustment_id,
+                    request_id=request_id,
+                    created_at=at,
+                    amount=amount,
+                    reason=reason,
+                    author=author,
+                )
+            )
+            rows = [(key, period, amount, 0) for key, period in sorted(msgspec.json.decode(budgets))]
+            if rows:
+                connection.exec_driver_sql(_add_budget(mark), rows)
+    except SQLAlchemyError as error:
+        raise unavailable(error) from None
+    return adjustment_id
 
 
 def existing_ids(connection: Connection, ids: Sequence[str], chunk: int = 500) -> set[str]:

@@ -218,7 +218,10 @@ class LedgerWriter:
         return await asyncio.to_thread(self.adopt_orphans)
 
     async def flush(self, timeout: float = 10.0) -> None:  # noqa: ASYNC109
-        """Returns once everything settled before the call is in SQL; UnavailableError after `timeout` seconds."""
+        """Returns once everything settled before the call is in SQL.
+
+        Raises UnavailableError after `timeout` seconds.
+        """
         target = self._journal.appended + self._journal.waiting
         deadline = time.monotonic() + timeout
         self._wake.set()
