@@ -59,10 +59,12 @@ class ValkeyServer:
             if self._process.poll() is not None:
                 raise RuntimeError(f"valkey-server ended with {self._process.returncode}")
             try:
-                if self.command("PING") == b"+PONG":
+                if self.command("PING").startswith((b"+PONG", b"-NOAUTH")):
                     return
             except OSError:
-                time.sleep(0.01)
+                pass
+            time.sleep(0.01)
+        self.kill()
         raise RuntimeError("valkey-server did not answer within 10 s")
 
     def command(self, *words: str) -> bytes:

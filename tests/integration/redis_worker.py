@@ -1,0 +1,60 @@
+"""One of several processes that spend one window: URL, key, period and cap as arguments.
+
+Prints what it spent and the highest spent + held it ever saw.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+import time
+import uuid
+from datetime import UTC, datetime
+
+from router.adapters.memory import MemorySpendSource
+from router.adapters.redis_store import RedisBudgetStore, connect
+from router.core.ports import BudgetCharge, Denied
+from router.core.types import BudgetWindow, NanoUSD
+
+
+class RunningClock:
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+
+async def main(url: str, key: str, period: str, cap: int) -> None:
+    window = BudgetWindow(key, period)
+    connection = connect(url)
+    store = RedisBudgetStore(connection, MemorySpendSource(), RunningClock(), workers=4)
+    chance = random.Random()
+    spent = peak = 0
+
+    async def client() -> None:
+        nonlocal spent, peak
+        while True:
+            hold_id = str(uuid.uuid4())
+            outcome = await store.reserve(hold_id, [BudgetCharge(window, NanoUSD(cap))], NanoUSD(40))
+            reading = outcome.reading if isinstance(outcome, Denied) else outcome.readings[0]
+            peak = max(peak, reading.spent + reading.held)
+            if isinstance(outcome, Denied):
+                if not outcome.only_held:
+                    return
+                await asyncio.sleep(0.005)
+                continue
+            await asyncio.sleep(0.001)
+            cost = chance.randint(5, 40)
+            spent += cost
+            store.settle(hold_id, [window], NanoUSD(cost))
+
+    await asyncio.gather(*(client() for _ in range(50)))
+    await store.close()
+    await connection.close()
+    print(spent, peak)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])))
