@@ -60,7 +60,9 @@ class Artefact:
             )
         claimed = described.pop("sha256", None)
         if claimed != _digest(described):
-            raise ArtefactError(f"{path.name}: the description does not match its hash; it was damaged or edited")
+            raise ArtefactError(
+                f"{path.name}: the description does not match its hash; it was damaged or edited"
+            )
         if described.get("arrays_sha256") != hashlib.sha256(content).hexdigest():
             raise ArtefactError(f"{arrays_path.name}: the arrays do not match the hash in {path.name}")
         if encoder_id is not None and described.get("encoder") != encoder_id:

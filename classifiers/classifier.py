@@ -45,7 +45,9 @@ class Classifier:
     its first 3,000 and last 1,500, and its length is known without reading.
     """
 
-    def __init__(self, *, directory: Path, static: StaticEncoder, static_head: Head, head_ids: dict[str, str]) -> None:
+    def __init__(
+        self, *, directory: Path, static: StaticEncoder, static_head: Head, head_ids: dict[str, str]
+    ) -> None:
         self.static = static
         self._static_head = static_head
         self._directory = directory
@@ -101,7 +103,9 @@ def _recorded_heads(directory: Path) -> dict[str, str]:
         manifest: Any = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         return {str(name): str(id) for name, id in manifest["heads"].items()}
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ArtefactError(f"{directory / 'manifest.json'} names no heads: run `python -m classifiers.train`") from error
+        raise ArtefactError(
+            f"{directory / 'manifest.json'} names no heads: run `python -m classifiers.train`"
+        ) from error
 
 
 def _load_head(directory: Path, name: str, encoder: Encoder, head_ids: dict[str, str]) -> Head:

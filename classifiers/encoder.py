@@ -179,7 +179,9 @@ class StaticEncoder:
         result = np.empty((len(texts), self.dimensions), dtype=np.float32)
         for row, text in enumerate(texts):
             pieces = self._tokenizer.encode(_cut(text), add_special_tokens=False).ids
-            vector = self._scales[pieces] @ self._table[pieces].astype(np.float32) if pieces else self._fallback
+            vector = (
+                self._scales[pieces] @ self._table[pieces].astype(np.float32) if pieces else self._fallback
+            )
             length = float(np.sqrt(vector @ vector))
             result[row] = vector / length if length > 1e-12 else self._fallback
         return result
@@ -192,7 +194,9 @@ class MiniLMEncoder:
     and on one core batching gains nothing. onnxruntime is imported when the encoder is loaded.
     """
 
-    def __init__(self, *, id: str, dimensions: int, tokenizer: Tokenizer, session: onnxruntime.InferenceSession):
+    def __init__(
+        self, *, id: str, dimensions: int, tokenizer: Tokenizer, session: onnxruntime.InferenceSession
+    ):
         self._id = id
         self._dimensions = dimensions
         self._tokenizer = tokenizer

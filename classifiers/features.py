@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 # Characters read from the beginning and the end for counting ...
 HEAD_CHARACTERS, TAIL_CHARACTERS = 3000, 1500
 # ... and for the encoders: the task stands at an edge; a pasted document between would drown it in the mean.
-FOCUS_HEAD, FOCUS_TAIL = 300, 300
+FOCUS_HEAD, FOCUS_TAIL, FOCUS_GLIMPSE = 300, 300, 100
 
 NAMES = (
     "log_characters",
@@ -82,11 +82,28 @@ def excerpt(text: str) -> str:
 
 
 def focus(text: str) -> str:
-    """Return the part of the text that is encoded: at most 601 characters, its beginning and its end."""
-    text = text.strip() if len(text) < 4 * FOCUS_HEAD else text[: 2 * FOCUS_HEAD].lstrip() + text[-2 * FOCUS_TAIL :].rstrip()
+    """Return the part of the text that is encoded: at most 601 characters.
+
+    A short text is returned as it is. Of a long one: the last line if it asks or instructs and is short, else
+    the first line under the same condition, together with a glimpse of the other end; where neither line does,
+    both ends.
+    """
+    if len(text) > 4 * FOCUS_HEAD:
+        text = text[: 2 * FOCUS_HEAD].lstrip() + "\n" * ("\n" in text) + text[-2 * FOCUS_TAIL :].rstrip()
+    else:
+        text = text.strip()
     if len(text) <= FOCUS_HEAD + FOCUS_TAIL:
         return text
+    first, last = text.partition("\n")[0], text.rpartition("\n")[2]
+    if len(last) <= FOCUS_TAIL and _asks(last):
+        return f"{text[:FOCUS_GLIMPSE]}\n{last}"
+    if len(first) <= FOCUS_HEAD and _asks(first):
+        return f"{first}\n{text[-FOCUS_GLIMPSE:]}"
     return f"{text[:FOCUS_HEAD]}\n{text[-FOCUS_TAIL:]}"
+
+
+def _asks(line: str) -> bool:
+    return "?" in line or _INSTRUCTION.search(line) is not None
 
 
 def structure(text: str) -> NDArray[np.float32]:

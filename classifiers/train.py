@@ -27,11 +27,10 @@ from sklearn.preprocessing import StandardScaler
 
 from classifiers import artefact, features
 from classifiers.encoder import DATA_DIRECTORY, Encoder, MiniLMEncoder, StaticEncoder
-from classifiers.head import CLASSES, class_of
+from classifiers.head import CLASSES, calibrated, class_of
 
 VERSION = "1"
-REGULARISATION = (0.0003, 0.001, 0.003, 0.01)
-TEMPERATURES = np.linspace(0.4, 2.5, 43)
+REGULARISATION = (0.001, 0.003, 0.01, 0.03)
 # Share of familiar-enough training prompts; the rest counts as unfamiliar.
 FAMILIAR_SHARE = 0.95
 # Share of prompts for which the transformer is asked.
@@ -99,6 +98,16 @@ class Fit:
     bias: Floats
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A head's id, its held-out classes and confidences (n,) and its scores."""
+
+    id: str
+    guess: NDArray[np.int64]
+    confidence: Floats
+    report: dict[str, Any]
+
+
 def fit(x: Floats, prompts: Prompts, rows: NDArray[Any], c: float) -> Fit:
     scaler = StandardScaler().fit(x[rows])
     scaled = scaler.transform(x[rows])
@@ -121,8 +130,8 @@ def held_out(x: Floats, prompts: Prompts, c: float) -> Floats:
     return result
 
 
-def softmax(scores: Floats, temperature: float = 1.0) -> Floats:
-    raw: Floats = np.exp((scores - scores.max(axis=1, keepdims=True)) / temperature)
+def softmax(scores: Floats) -> Floats:
+    raw: Floats = np.exp(scores - scores.max(axis=1, keepdims=True))
     return raw / raw.sum(axis=1, keepdims=True)
 
 
@@ -150,24 +159,28 @@ def calibration_error(confidence: Floats, right: NDArray[np.bool_]) -> float:
     return round(sum(gaps) / len(confidence), 3)
 
 
-def train(encoder: Encoder, name: str, prompts: Prompts, out: Path) -> tuple[str, Floats, dict[str, Any]]:
-    """Train and write one head; return its id, held-out probabilities and scores."""
+def calibrate(p: Floats, right: NDArray[np.bool_]) -> tuple[float, float]:
+    """Platt's method on held-out prompts: slope and offset of logit(confidence) over logit(p of the class named)."""
+    model = LogisticRegression(C=1e6, tol=1e-8).fit(np.log(p / (1 - p))[:, None], right)
+    return float(model.coef_[0, 0]), float(model.intercept_[0])
+
+
+def train(encoder: Encoder, name: str, prompts: Prompts, out: Path) -> Trained:
+    """Train and write one head."""
     vectors = encoder.encode([features.focus(text) for text in prompts.texts]).astype(np.float64)
     counted = np.stack([features.structure(text) for text in prompts.texts]).astype(np.float64)
     x = np.hstack([vectors, counted])
-    candidates = [(log_loss(softmax(held_out(x, prompts, c)[:, :3]), prompts.classes), c) for c in REGULARISATION]
+    candidates = [
+        (log_loss(softmax(held_out(x, prompts, c)[:, :3]), prompts.classes), c) for c in REGULARISATION
+    ]
     c = min(candidates)[1]
     scores = held_out(x, prompts, c)
-    temperature = float(
-        min(TEMPERATURES, key=lambda t: log_loss(softmax(scores[:, :3], float(t)), prompts.classes))
-    )
-    p = softmax(scores[:, :3], temperature)
+    p = softmax(scores[:, :3])
     guess = named(p)
-    confidence = p[np.arange(len(p)), guess]
-
+    right = guess == prompts.classes
+    slope, offset = calibrate(p[np.arange(len(p)), guess], right)
+    confidence = calibrated(p[np.arange(len(p)), guess], slope, offset)
     model = fit(x, prompts, np.ones(len(x), dtype=bool), c)
-    model.weights[:, :3] /= temperature
-    model.bias[:3] /= temperature
 
     kinds = sorted(KINDS)
     sums = np.stack([vectors[prompts.kinds == kind].sum(axis=0) for kind in kinds])
@@ -178,15 +191,14 @@ def train(encoder: Encoder, name: str, prompts: Prompts, out: Path) -> tuple[str
         rest = sums[kinds.index(kind)] - vectors[row]
         nearness[row, kinds.index(kind)] = vectors[row] @ rest / np.linalg.norm(rest)
     familiar_above = float(np.quantile(nearness.max(axis=1), 1 - FAMILIAR_SHARE))
-    transformer_below = max(float(np.quantile(confidence, TRANSFORMER_SHARE)), 0.5)
+    transformer_below = float(np.quantile(confidence, TRANSFORMER_SHARE))
 
     token_ratio = np.exp(np.abs(scores[:, 3] - prompts.log_tokens))
     report = {
         **scores_of(guess, prompts.classes),
-        "calibration_error": calibration_error(confidence, guess == prompts.classes),
+        "calibration_error": calibration_error(confidence, right),
         "output_tokens_median_factor": round(float(np.median(token_ratio)), 2),
         "regularisation": c,
-        "temperature": round(temperature, 3),
     }
     id = artefact.save(
         out / f"head-{name}.json",
@@ -196,6 +208,7 @@ def train(encoder: Encoder, name: str, prompts: Prompts, out: Path) -> tuple[str
         metadata={
             "features": list(features.NAMES),
             "kinds": [KINDS[kind] for kind in kinds],
+            "calibration": [round(slope, 6), round(offset, 6)],
             "familiar_above": round(familiar_above, 6),
             "transformer_below": round(transformer_below, 6),
             "prompts": len(prompts.texts),
@@ -209,7 +222,7 @@ def train(encoder: Encoder, name: str, prompts: Prompts, out: Path) -> tuple[str
             "centroids": centroids.astype(np.float32),
         },
     )
-    return id, p, report
+    return Trained(id, guess, confidence, report)
 
 
 def main() -> None:
@@ -218,35 +231,30 @@ def main() -> None:
     data: Path = parser.parse_args().data
     prompts = read_prompts(data / "prompts")
     truth = prompts.classes
-    ids, reports, held = {}, {}, {}
-    for name, encoder in (("static", StaticEncoder.load(data)), ("minilm", MiniLMEncoder.load(data))):
-        ids[name], held[name], reports[name] = train(encoder, name, prompts, data)
+    trained = {
+        "static": train(StaticEncoder.load(data), "static", prompts, data),
+        "minilm": train(MiniLMEncoder.load(data), "minilm", prompts, data),
+    }
+    reports: dict[str, Any] = {name: head.report for name, head in trained.items()}
+    counted = np.stack([features.structure(text) for text in prompts.texts]).astype(np.float64)
+    length = counted[:, features.NAMES.index("log_characters")]
 
-    def baseline(columns: list[str]) -> dict[str, float]:
-        counted = np.stack([features.structure(text) for text in prompts.texts]).astype(np.float64)
-        x = counted[:, [features.NAMES.index(column) for column in columns]]
+    def baseline(x: Floats) -> dict[str, float]:
         return max(
             (scores_of(named(softmax(held_out(x, prompts, c)[:, :3])), truth) for c in (0.01, 0.1, 1.0)),
             key=lambda s: s["macro_f1"],
         )
 
     reports["baseline_majority"] = scores_of(np.zeros_like(truth), truth)
-    reports["baseline_length_only"] = baseline(["log_characters"])
-    reports["baseline_structure_only"] = baseline(list(features.NAMES))
-    guess = named(held["static"])
-    confidence = held["static"][np.arange(len(truth)), guess]
-    second = named(held["minilm"])
-    second_confidence = held["minilm"][np.arange(len(truth)), second]
-    below = confidence < max(float(np.quantile(confidence, TRANSFORMER_SHARE)), 0.5)
-    reports["static_then_minilm"] = {
-        "asked": round(float(below.mean()), 3),
-        **scores_of(np.where(below, second, guess), truth),
-    }
-    reports["static_then_minilm_if_surer"] = scores_of(
-        np.where(below & (second_confidence >= confidence), second, guess), truth
-    )
+    reports["baseline_length_only"] = baseline(np.column_stack([length, length**2, length**3]))
+    reports["baseline_structure_only"] = baseline(counted)
+    static, minilm = trained["static"], trained["minilm"]
+    asked = static.confidence < float(np.quantile(static.confidence, TRANSFORMER_SHARE))
+    surer = asked & (minilm.confidence >= static.confidence)
+    for name, replaced in (("static_then_minilm", asked), ("static_then_minilm_if_surer", surer)):
+        reports[name] = scores_of(np.where(replaced, minilm.guess, static.guess), truth)
     reports["per_kind_accuracy"] = {
-        kind: round(float((guess == truth)[prompts.kinds == kind].mean()), 2) for kind in sorted(KINDS)
+        kind: round(float((static.guess == truth)[prompts.kinds == kind].mean()), 2) for kind in sorted(KINDS)
     }
     summary = {
         "protocol": "leave one kind out",
@@ -255,10 +263,10 @@ def main() -> None:
     }
     (data / "scores.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
-    manifest["heads"] = ids
+    manifest["heads"] = {name: head.id for name, head in trained.items()}
     (data / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(summary, indent=1))
-    print(ids)
+    print(manifest["heads"])
 
 
 if __name__ == "__main__":
