@@ -23,7 +23,7 @@ class Verdict:
     """What is thought of one prompt.
 
     `prompt_class`: simple, medium or complex; follows from `difficulty` (0..1, borders 1/3 and 2/3).
-    `confidence`: 0..1, calibrated probability that a person would give this class, halved for a prompt unlike
+    `confidence`: 0..1, the calibrated probability of this class (see `Judgement`), halved for a prompt unlike
     those the head was trained on. `output_tokens`: expected length of the answer. `reason`: at most 80 ASCII
     characters, names the nearest kind of task and what stands out, never words of the prompt. `encoder`: static
     or minilm. `artefact`: id of the head.

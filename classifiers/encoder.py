@@ -151,7 +151,8 @@ class StaticEncoder:
         self._table = table
         self._scales = scales
         fallback = np.zeros(table.shape[1], dtype=np.float32)
-        fallback[0] = 1.0
+        # The last component has the least variance: a text without known pieces is near to no other.
+        fallback[-1] = 1.0
         self._fallback = fallback
 
     @classmethod
@@ -178,7 +179,7 @@ class StaticEncoder:
         """See `Encoder.encode`. Reads the first 8,192 characters of each text."""
         result = np.empty((len(texts), self.dimensions), dtype=np.float32)
         for row, text in enumerate(texts):
-            pieces = self._tokenizer.encode(_cut(text), add_special_tokens=False).ids
+            pieces = self._tokenizer.encode(bounded(text), add_special_tokens=False).ids
             vector = (
                 self._scales[pieces] @ self._table[pieces].astype(np.float32) if pieces else self._fallback
             )
@@ -203,7 +204,7 @@ class MiniLMEncoder:
         self._session = session
 
     @classmethod
-    def load(cls, directory: Path | None = None, *, tokenizer: Tokenizer | None = None) -> MiniLMEncoder:
+    def load(cls, directory: Path | None = None) -> MiniLMEncoder:
         """Load the shipped graph (or that of `directory`).
 
         Raises ArtefactError on any mismatch, EncoderUnavailableError when onnxruntime cannot be imported.
@@ -242,13 +243,13 @@ class MiniLMEncoder:
         """See `Encoder.encode`. Reads the first 128 word pieces of each text."""
         result = np.empty((len(texts), self._dimensions), dtype=np.float32)
         for row, text in enumerate(texts):
-            ids = np.asarray([self._tokenizer.encode(_cut(text)).ids], dtype=np.int64)
+            ids = np.asarray([self._tokenizer.encode(bounded(text)).ids], dtype=np.int64)
             result[row] = self._session.run(None, {"input_ids": ids})[0][0]
         return result
 
 
-def _cut(text: str) -> str:
-    """Bound the text and make it valid UTF-8 (JSON can carry lone surrogates, the tokenizer refuses them)."""
+def bounded(text: str) -> str:
+    """Cut the text at 8,192 characters and replace lone surrogates (JSON can carry them, tokenizers refuse them)."""
     text = text[:MAX_CHARACTERS]
     try:
         text.encode()

