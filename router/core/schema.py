@@ -7,6 +7,7 @@ not, and a form that YAML would have read as something else is refused with the 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, time
@@ -717,7 +718,30 @@ File = TypeVar("File", bound=BaseModel)
 def json_schema(kind: type[BaseModel]) -> dict[str, Any]:
     """The JSON Schema (2020-12) of one of the two files, for editors."""
     schema = kind.model_json_schema(by_alias=True)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_as_written(schema)}
+
+
+def json_schema_text(kind: type[BaseModel]) -> str:
+    """The schema as it stands in `policies/policy.schema.json` and `policies/providers.schema.json`."""
+    return json.dumps(json_schema(kind), indent=2, ensure_ascii=False) + "\n"
+
+
+def _as_written(schema: Any) -> Any:
+    """The schema of the text of a file: no null, as a key that is not wanted is left out, and no typed default."""
+    if isinstance(schema, list):
+        return [_as_written(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    parts = {
+        key: _as_written(value)
+        for key, value in schema.items()
+        if key != "default" and not (key == "title" and isinstance(value, str))
+    }
+    variants = [part for part in parts.get("anyOf", ()) if part != {"type": "null"}]
+    if len(variants) == 1:
+        del parts["anyOf"]
+        return {**variants[0], **parts}
+    return {**parts, "anyOf": variants} if variants else parts
 
 
 def typed(document: Document, kind: type[File]) -> tuple[File | None, tuple[Problem, ...]]:
