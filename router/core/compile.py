@@ -249,6 +249,19 @@ class CompiledSnapshot:
             period=local.strftime("%Y-%m"),
         )
 
+    def budgets(self, at: datetime) -> tuple[tuple[BudgetLimit, ...], str]:
+        """Every budget the policy names, with the exceptions in force at `at`, and the month that falls in."""
+        found: dict[str, BudgetLimit] = {}
+        period = at.astimezone(self.timezone).strftime("%Y-%m")
+        for team, entry in self.policy.teams.items():
+            for app in (None, *entry.apps):
+                for limit in self.resolve(team, app, {}, at).budgets:
+                    found.setdefault(limit.key, limit)
+        organisation = _limit("organisation", self.policy.organisation.budget, ())
+        if organisation is not None:
+            found.setdefault(organisation.key, organisation)
+        return tuple(found.values()), period
+
     def _budgets(
         self, team: str, app: str | None, exceptions: Sequence[ExceptionEntry]
     ) -> tuple[BudgetLimit, ...]:

@@ -126,9 +126,12 @@ class Health:
         self._breakers: dict[tuple[str, str], _Breaker] = {}
         self._latency: dict[str, _Observations] = {}
         self._warm: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self.unusable: dict[str, str] = {}
+        """Providers that cannot be called at all, with the reason (a missing key)."""
 
     def status(self, provider: str, model: str, now: float, conversation: str | None = None) -> LiveStatus:
-        available, reason = True, ""
+        reason = self.unusable.get(provider, "")
+        available = not reason
         breaker = self._breakers.get((provider, model))
         if breaker is not None and not breaker.available(now):
             available, reason = False, "its circuit breaker is open"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
-from router.core.policy import EffectivePolicy, ModelSpec, ProviderSpec
+from router.core.policy import BudgetLimit, EffectivePolicy, ModelSpec, ProviderSpec
 from router.core.types import (
     AttemptRecord,
     BudgetWindow,
@@ -55,6 +55,10 @@ class Snapshot(Protocol):
 
     def price(self, model: str, at: datetime) -> PriceRecord | None:
         """The price in force, contracts applied; None where unknown. `model` is a policy name."""
+        ...
+
+    def budgets(self, at: datetime) -> tuple[tuple[BudgetLimit, ...], str]:
+        """Every budget the policy names, and the month `at` falls in."""
         ...
 
     def catalogue_price(self, name: str, at: datetime) -> PriceRecord | None:

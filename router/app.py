@@ -1,0 +1,274 @@
+"""The composition root: builds one worker from its settings, starts it and ends it. Only here are adapters named."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from classifiers.classifier import Classifier
+from router.adapters.configuration import ConfigurationWatch
+from router.adapters.journal import JournalFile
+from router.adapters.memory import MemoryBudgetStore, MemoryCacheStore
+from router.adapters.metrics import PrometheusTelemetry
+from router.adapters.openai_wire import OpenAIWire
+from router.adapters.price_catalogue import shipped_catalogue
+from router.adapters.redis_store.budgets import RedisBudgetStore
+from router.adapters.redis_store.caches import RedisCacheStore
+from router.adapters.redis_store.connection import RedisConnection, connect
+from router.adapters.sql.database import migrate, open_engine, schema_problem
+from router.adapters.sql.keys import SqlKeyDirectory
+from router.adapters.sql.spend import SqlSpendSource
+from router.adapters.sql.writer import LedgerWriter
+from router.adapters.system import RequestIdentifiers, SystemClock
+from router.api.admin_plane import LazyAdminPlane
+from router.api.data_plane import DataPlane
+from router.core.errors import ConfigurationError, UnavailableError
+from router.core.health import Health
+from router.core.ports import BudgetStore, CacheStore, Snapshot, Upstream, UpstreamCall, UpstreamReply
+from router.core.types import BudgetWindow
+from router.pipeline import Pipeline
+from router.settings import Settings, without_password
+from router.stages.admit import Admission
+from router.stages.classify import Classify
+from router.stages.decide import Decide
+from router.stages.dispatch import Dispatch
+from router.stages.exact import ExactCache
+from router.stages.flight import Flights
+from router.stages.reserve import Reserve
+from router.stages.settle import Settle
+
+log = logging.getLogger("farthing")
+
+DRAIN_SECONDS = 30.0
+BUDGET_WATCH_SECONDS = 10.0
+
+
+class Gateway:
+    """One worker. It raises ConfigurationError where it could not serve truthfully. `data_plane` and `admin_plane` are
+    ASGI applications; `/readyz` says when `start` has ended.
+    """
+
+    def __init__(self, settings: Settings, worker: str = "worker") -> None:
+        self.settings = settings
+        self._worker = worker
+        self._clock = SystemClock()
+        self._missing = ["configuration", "schema", "journal replay", "encoder"]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._spent_ratios: dict[str, float] = {}
+        self._warned: set[tuple[BudgetWindow, str]] = set()
+        self._redis: RedisConnection | None = None
+        self._provider_keys: dict[str, str] = {}
+
+        self.watch = ConfigurationWatch(settings.config, shipped_catalogue())
+        self.watch.subscribe(self._configured)
+        self._health = Health()
+        self._configured(self.watch.current)
+        if len(self._health.unusable) == len(self.watch.current.providers):
+            raise ConfigurationError(
+                "No provider can be called: " + "; ".join(sorted(set(self._health.unusable.values()))) + "."
+            )
+        for warning in self.watch.warnings:
+            log.warning("%s", warning)
+        self._missing.remove("configuration")
+
+        self._engine = open_engine(settings.database_url)
+        self._prepare_schema()
+        self._missing.remove("schema")
+
+        self._telemetry = PrometheusTelemetry(settings.metrics if settings.workers > 1 else None)
+        self._telemetry.gauges = self._gauges
+        self._keys = SqlKeyDirectory(self._engine)
+        self._journal = JournalFile(settings.journals, worker)
+        self._writer = LedgerWriter(self._engine, self._journal, settings.journals, self._clock)
+        self._classifier = Classifier.load()
+        self._missing.remove("encoder")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="transformer")
+        self._wires: dict[str, Upstream] = {
+            "openai": OpenAIWire(self._provider_keys),
+            "litellm": _LazyLitellm(self._provider_keys),
+        }
+        self._budgets, self._caches = self._stores()
+        self._admission = Admission(self._keys, settings.secret, open_team=settings.open_team)
+        identifiers = RequestIdentifiers()
+        draw = random.SystemRandom().random
+        reserve = Reserve(self._budgets)
+        pipeline = Pipeline(
+            configuration=lambda: self.watch.current,
+            admission=self._admission,
+            exact=ExactCache(self._caches, settings.secret),
+            flights=Flights(),
+            classify=Classify(self._classifier, self._executor),
+            decide=Decide(self._health, self._clock),
+            reserve=reserve,
+            dispatch=Dispatch(self._wires, reserve, self._journal, self._health, self._clock, draw),
+            settle=Settle(self._journal, self._budgets, self._telemetry, self._clock),
+            clock=self._clock,
+            draw=draw,
+        )
+        self.data_plane = DataPlane(
+            pipeline=pipeline,
+            admission=self._admission,
+            configuration=lambda: self.watch.current,
+            telemetry=self._telemetry,
+            metrics=self._telemetry.render,
+            readiness=self,
+            identifiers=identifiers,
+            clock=self._clock,
+        )
+        self.admin_plane = LazyAdminPlane(
+            admin_key=settings.admin_key,
+            engine=self._engine,
+            settings=settings,
+            watch=self.watch,
+            clock=self._clock,
+        )
+
+    async def start(self) -> None:
+        """Replays the journal, then lets requests in."""
+        try:
+            await self._writer.replay()
+        except UnavailableError as error:
+            raise ConfigurationError(
+                f"The database at {without_password(self.settings.database_url)} does not answer ({error}). "
+                "Start it, or correct FARTHING_DATABASE_URL."
+            ) from None
+        self._writer.start()
+        await asyncio.to_thread(self._keys.refresh)
+        self._keys.start()
+        if self._redis is not None and not await self._redis.ping():
+            log.warning(
+                "Redis at %s does not answer: caches are off, and callers under a hard cap are refused until it does",
+                without_password(self.settings.redis_url or ""),
+            )
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(self.watch.run()),
+            loop.create_task(self._watch_budgets()),
+            loop.create_task(asyncio.to_thread(self._load_transformer)),
+        ]
+        self._missing.remove("journal replay")
+
+    def _load_transformer(self) -> None:
+        self._classifier.minilm  # noqa: B018 - reading it loads it
+
+    def drain(self) -> None:
+        """Refuses new requests; those in flight go on."""
+        self._admission.draining = True
+
+    async def stop(self) -> None:
+        """After the servers have ended: settles what is left, writes it, closes everything."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+        for wire in self._wires.values():
+            await wire.close()
+        await self._budgets.close()
+        await self._caches.close()
+        if self._redis is not None:
+            await self._redis.close()
+        self._keys.stop()
+        await asyncio.to_thread(self._writer.stop)
+        self._journal.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._engine.dispose()
+
+    def missing(self) -> list[str]:
+        """What `/readyz` waits for; providers and Redis are not among it."""
+        return list(self._missing)
+
+    def _prepare_schema(self) -> None:
+        shown = without_password(self.settings.database_url)
+        try:
+            if self.settings.embedded:
+                migrate(self.settings.database_url)
+            problem = schema_problem(self._engine)
+        except UnavailableError as error:
+            raise ConfigurationError(
+                f"The database at {shown} does not answer ({error}). Start it, or correct FARTHING_DATABASE_URL."
+            ) from None
+        if problem is not None:
+            raise ConfigurationError(f"The database at {shown}: {problem}. Run 'farthing migrate'.")
+
+    def _stores(self) -> tuple[BudgetStore, CacheStore]:
+        source = SqlSpendSource(self._engine, self.settings.journals)
+        if self.settings.redis_url is None:
+            return MemoryBudgetStore(source, self._clock), MemoryCacheStore(self._clock)
+        self._redis = connect(self.settings.redis_url)
+        budgets = RedisBudgetStore(self._redis, source, self._clock, workers=self.settings.workers)
+        return budgets, RedisCacheStore(self._redis)
+
+    def _configured(self, snapshot: Snapshot) -> None:
+        """Provider keys for a new configuration. A provider without its key is left out of every plan."""
+        keys: dict[str, str] = {}
+        unusable: dict[str, str] = {}
+        for provider in snapshot.providers.values():
+            if provider.api_key_env is None:
+                continue
+            key = self.settings.environment.get(provider.api_key_env)
+            if key:
+                keys[provider.name] = key
+            else:
+                unusable[provider.name] = (
+                    f"{provider.api_key_env} is not set, which provider {provider.name} needs"
+                )
+        for reason in unusable.values():
+            log.warning("%s: its models are left out", reason)
+        self._provider_keys.clear()
+        self._provider_keys.update(keys)
+        self._health.unusable = unusable
+
+    async def _watch_budgets(self) -> None:
+        """Keeps the spent share of each budget for metrics, and warns once when a `warn_at` is passed."""
+        while True:
+            snapshot = self.watch.current
+            limits, period = snapshot.budgets(self._clock.now())
+            windows = [BudgetWindow(limit.key, period) for limit in limits]
+            with suppress(UnavailableError):
+                readings = await self._budgets.readings(windows)
+                for limit, reading in zip(limits, readings, strict=True):
+                    bound = limit.limit or limit.hard_cap
+                    if not bound:
+                        continue
+                    share = reading.spent / bound
+                    self._spent_ratios[limit.key] = share
+                    for mark in limit.warn_at:
+                        seen = (reading.window, str(mark))
+                        if share >= mark and seen not in self._warned:
+                            self._warned.add(seen)
+                            log.warning("budget %s has passed %s of its limit", limit.key, f"{mark:.0%}")
+            await asyncio.sleep(BUDGET_WATCH_SECONDS)
+
+    def _gauges(self) -> Iterable[tuple[str, dict[str, str], float]]:
+        yield "farthing_journal_unsettled", {}, float(self._writer.unsettled)
+        yield "farthing_sql_up", {}, float(self._writer.sql_up)
+        if self._redis is not None:
+            yield "farthing_redis_up", {}, float(self._redis.up)
+        for budget, share in self._spent_ratios.items():
+            yield "farthing_budget_spent_ratio", {"budget": budget}, share
+        for provider, model in self._health.open_breakers(self._clock.monotonic()):
+            yield "farthing_breaker_open", {"provider": provider, "model": model}, 1.0
+
+
+class _LazyLitellm:
+    """Imports litellm (seconds, and 160 MB) only when a provider needs it."""
+
+    def __init__(self, keys: dict[str, str]) -> None:
+        self._keys = keys
+        self._wire: Upstream | None = None
+
+    async def send(self, call: UpstreamCall) -> UpstreamReply:
+        if self._wire is None:
+            from router.adapters.litellm_wire import LitellmWire
+
+            self._wire = LitellmWire(self._keys)
+        return await self._wire.send(call)
+
+    async def close(self) -> None:
+        if self._wire is not None:
+            await self._wire.close()

@@ -1,0 +1,416 @@
+"""The `farthing` command. Each command imports what it needs, so that a small one starts fast."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from router.core.errors import ConfigurationError, FarthingError, RequestError
+from router.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. 0: done; 1: it found something wrong; 2: it could not run, and said why."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    command: Command | None = getattr(chosen, "run", None)
+    if command is None:
+        parser.print_help()
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    try:
+        return command(chosen)
+    except FarthingError as error:
+        print(f"farthing: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # `farthing report ... | head`: the reader has what it wanted
+        return 0
+
+
+# -- running --
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from router.serve import serve
+
+    settings = read_settings(
+        config=options.config,
+        host=options.host,
+        port=options.port,
+        admin_port=options.admin_port,
+        workers=options.workers,
+    )
+    return serve(settings, lambda line: print(line, flush=True))
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    from router.adapters.sql.database import migrate
+
+    print(migrate(read_settings().database_url))
+    return 0
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from router.simulate import main as simulate
+
+    return simulate(options.host, options.port, options.models, options.log)
+
+
+# -- keys --
+
+
+def _keys_create(options: argparse.Namespace) -> int:
+    from router.adapters.sql.keys import create_key
+
+    settings = read_settings()
+    key, entry = create_key(_engine(settings), settings.secret, options.team, options.app, _tags(options.tag))
+    if options.json:
+        print(json.dumps({"key": key, "id": entry.id, "team": entry.team, "app": entry.app}))
+    else:
+        print(key)
+        print(f"Key {entry.id} of team {entry.team}. It is shown only this once.", file=sys.stderr)
+    return 0
+
+
+def _keys_adopt(options: argparse.Namespace) -> int:
+    from router.adapters.sql.keys import adopt_key
+
+    settings = read_settings()
+    if sys.stdin.isatty():
+        from getpass import getpass
+
+        key = getpass("The key the app already sends: ").strip()
+    else:
+        key = sys.stdin.readline().strip()
+    entry = adopt_key(_engine(settings), settings.secret, key, options.team, options.app, _tags(options.tag))
+    if options.json:
+        print(json.dumps({"id": entry.id, "team": entry.team, "app": entry.app}))
+    else:
+        print(f"Key {entry.id} of team {entry.team} works here now. Only its keyed hash is stored.")
+    return 0
+
+
+def _keys_list(options: argparse.Namespace) -> int:
+    from router.adapters.sql.keys import list_keys
+
+    entries = list_keys(_engine(read_settings()))
+    rows = [
+        {
+            "id": entry.id,
+            "team": entry.team,
+            "app": entry.app,
+            "adopted": entry.adopted,
+            "created_at": entry.created_at.isoformat(),
+            "revoked_at": entry.revoked_at.isoformat() if entry.revoked_at is not None else None,
+        }
+        for entry in entries
+    ]
+    if options.json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        state = "revoked" if row["revoked_at"] else "adopted" if row["adopted"] else "active"
+        print(f"{row['id']}  {row['team']}/{row['app'] or '-'}  {state}  {row['created_at']}")
+    return 0
+
+
+def _keys_revoke(options: argparse.Namespace) -> int:
+    from router.adapters.sql.keys import revoke_key
+
+    entry = revoke_key(_engine(read_settings()), options.id)
+    print(f"Key {entry.id} of team {entry.team} is revoked; running gateways refuse it within 5 seconds.")
+    return 0
+
+
+# -- policy --
+
+
+def _policy_lint(options: argparse.Namespace) -> int:
+    from router.adapters.configuration import lint
+    from router.adapters.price_catalogue import shipped_catalogue
+
+    loaded = lint(read_settings(config=options.config).config, shipped_catalogue())
+    problems = [*loaded.errors, *loaded.warnings]
+    if options.json:
+        print(json.dumps([str(problem) for problem in problems]))
+    else:
+        for problem in problems:
+            print(problem)
+        if not problems:
+            print("No problems found.")
+    return 1 if loaded.errors else 0
+
+
+def _policy_schema(options: argparse.Namespace) -> int:
+    from router.core.schema import json_schema
+
+    print(json.dumps(json_schema(options.file), indent=2))
+    return 0
+
+
+def _policy_explain(options: argparse.Namespace) -> int:
+    from router.explain import explain_prompt, explain_request
+
+    settings = read_settings(config=options.config)
+    if options.request_id:
+        print(
+            explain_request(_engine(settings), settings.journals, options.request_id, json_form=options.json)
+        )
+        return 0
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    print(
+        explain_prompt(
+            settings,
+            text,
+            team=options.team,
+            app=options.app,
+            model=options.model,
+            tags=_tags(options.tag),
+            at=_at(options.at),
+            json_form=options.json,
+        )
+    )
+    return 0
+
+
+# -- reports, ledger, prices --
+
+
+def _report(options: argparse.Namespace) -> int:
+    from router.adapters.sql import reports
+
+    settings = read_settings(config=options.config)
+    engine = _engine(settings)
+    by = [name.strip() for name in options.by.split(",") if name.strip()]
+    now = datetime.now(UTC)
+    since = reports.moment(options.since, now) if options.since else None
+    until = reports.moment(options.until, now) if options.until else None
+    if options.kind == "spend":
+        report = reports.spend_report(engine, settings.journals, by, since, until)
+    elif options.kind == "savings":
+        report = reports.savings_report(engine, settings.journals, by, since, until)
+    else:
+        from router.adapters.configuration import load
+        from router.adapters.price_catalogue import shipped_catalogue
+
+        limits, period = load(settings.config, shipped_catalogue()).budgets(now)
+        report = reports.budgets_report(engine, settings.journals, limits, period)
+    sys.stdout.write(reports.render(report, options.format))
+    return 0
+
+
+def _ledger_verify(options: argparse.Namespace) -> int:
+    from router.adapters.sql.verify import verify
+
+    settings = read_settings()
+    found = verify(_engine(settings), settings.journals)
+    for difference in found.differences:
+        print(difference)
+    print(
+        f"{found.requests} requests recomputed with their attempts and cost lines: "
+        f"{len(found.differences)} differences; {found.unsettled} unsettled."
+    )
+    return 1 if found.differences else 0
+
+
+def _prices(options: argparse.Namespace) -> int:
+    from router.adapters import price_catalogue
+
+    if options.action == "list":
+        for line in price_catalogue.listed(price_catalogue.shipped_catalogue(), options.match):
+            print(line)
+        return 0
+    text = price_catalogue.catalogue_text(price_catalogue.catalogue_from_genai_prices())
+    if options.out == "-":
+        sys.stdout.write(text)
+    else:
+        Path(options.out).write_text(text, encoding="utf-8")
+    return 0
+
+
+# -- first steps --
+
+
+def _init(options: argparse.Namespace) -> int:
+    from router.starter import write_starter
+
+    return write_starter(Path(options.config or "."), force=options.force)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from router.demo import demo
+
+    return demo(
+        once=options.once,
+        port=options.port,
+        requests=options.requests,
+        local_url=options.local_url,
+        local_model=options.local_model,
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from router.doctor import examine
+
+    return examine(lambda: read_settings(config=options.config))
+
+
+# -- shared --
+
+
+def _engine(settings: Settings) -> Engine:
+    """The database, migrated where it is the embedded one. Raises ConfigurationError with the remedy."""
+    from router.adapters.sql.database import migrate, open_engine, schema_problem
+
+    if settings.embedded:
+        migrate(settings.database_url)
+    engine = open_engine(settings.database_url)
+    problem = schema_problem(engine)
+    if problem is not None:
+        raise ConfigurationError(f"{problem}. Run 'farthing migrate'.")
+    return engine
+
+
+def _tags(pairs: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
+    from router.stages.admit import read_wishes
+
+    try:
+        tags = read_wishes({"x-farthing-tags": ",".join(pairs or ())}).tags
+    except RequestError as error:
+        raise ConfigurationError(f"--tag: {error.message}") from None
+    return {key: tuple(sorted(values)) for key, values in tags.items()}
+
+
+def _at(text: str | None) -> datetime:
+    if text is None:
+        return datetime.now(UTC)
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigurationError("--at takes a moment such as 2026-12-05T21:30:00+00:00.") from None
+    return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="farthing", description="A cost-aware gateway for language models.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def add(
+        group: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: Command, text: str
+    ) -> argparse.ArgumentParser:
+        command = group.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    def group(name: str, text: str) -> argparse._SubParsersAction[argparse.ArgumentParser]:
+        return commands.add_parser(name, help=text, description=text).add_subparsers(
+            title="commands", metavar="COMMAND", required=True
+        )
+
+    def config(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--config", metavar="DIR", help="folder of providers.yaml and policy.yaml")
+
+    def owner(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--team", required=True)
+        command.add_argument("--app")
+        command.add_argument(
+            "--tag", action="append", metavar="KEY=VALUE", help="a tag every request carries"
+        )
+        command.add_argument("--json", action="store_true")
+
+    init = add(commands, "init", _init, "Write a starter pair of files from what is found on this machine")
+    config(init)
+    init.add_argument("--force", action="store_true", help="overwrite files that exist")
+
+    serve = add(commands, "serve", _serve, "Serve the gateway")
+    config(serve)
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8400)
+    serve.add_argument("--admin-port", type=int, help="without it there is no admin plane")
+    serve.add_argument("--workers", type=_count, default=1)
+
+    demo = add(
+        commands, "demo", _demo, "Simulated models, the gateway and 200 prompts, on this machine alone"
+    )
+    demo.add_argument("--once", action="store_true", help="end after the report")
+    demo.add_argument("--port", type=int, default=8400)
+    demo.add_argument("--requests", type=_count, default=200)
+    demo.add_argument("--local-url", help="an OpenAI-compatible endpoint of a real local model")
+    demo.add_argument("--local-model", help="its name there")
+
+    simulate = add(commands, "simulate", _simulate, "Serve simulated models on the OpenAI wire")
+    simulate.add_argument("--host", default="127.0.0.1")
+    simulate.add_argument("--port", type=int, default=8500)
+    simulate.add_argument("--log", help="file that gets a JSON line for each call")
+    simulate.add_argument("models", nargs="*", metavar="NAME[:first_token=50ms,tps=200,...]")
+
+    add(commands, "migrate", _migrate, "Bring the database's schema up to date")
+    doctor = add(commands, "doctor", _doctor, "Check every dependency and say what to do")
+    config(doctor)
+
+    keys = group("keys", "Keys of teams and apps")
+    owner(add(keys, "create", _keys_create, "Make a key; it is shown once"))
+    owner(add(keys, "adopt", _keys_adopt, "Take over a key the app already sends, read from stdin"))
+    add(keys, "list", _keys_list, "List keys, never their text").add_argument("--json", action="store_true")
+    add(keys, "revoke", _keys_revoke, "Refuse a key from now on").add_argument("id")
+
+    policy = group("policy", "The two files")
+    lint = add(policy, "lint", _policy_lint, "Check both files")
+    config(lint)
+    lint.add_argument("--json", action="store_true")
+    schema = add(policy, "schema", _policy_schema, "Print the JSON Schema of a file")
+    schema.add_argument("file", nargs="?", choices=("policy", "providers"), default="policy")
+    explain = add(policy, "explain", _policy_explain, "Say which model would answer, or did, and why")
+    config(explain)
+    which = explain.add_mutually_exclusive_group(required=True)
+    which.add_argument("--prompt", help="a prompt; - reads it from stdin")
+    which.add_argument("--request-id", help="the id at the end of x-farthing-decision")
+    explain.add_argument("--team", default="default")
+    explain.add_argument("--app")
+    explain.add_argument("--model", default="auto")
+    explain.add_argument("--tag", action="append", metavar="KEY=VALUE")
+    explain.add_argument("--at", metavar="MOMENT", help="as if at this moment (ISO 8601)")
+    explain.add_argument("--json", action="store_true")
+
+    report = add(commands, "report", _report, "Reports over the ledger")
+    config(report)
+    report.add_argument("kind", choices=("spend", "savings", "budgets"))
+    report.add_argument("--by", default="team,model", help="team,app,model,class,day,...")
+    report.add_argument("--since", help="7d, 12h, or a date")
+    report.add_argument("--until", help="7d, 12h, or a date")
+    report.add_argument("--format", choices=("table", "json", "csv", "html"), default="table")
+
+    ledger = group("ledger", "The ledger")
+    add(ledger, "verify", _ledger_verify, "Recompute every figure from stored rows")
+
+    prices = add(commands, "prices", _prices, "The price catalogue")
+    prices.add_argument("action", choices=("list", "import"))
+    prices.add_argument("--match", default="", help="list: only names that hold this")
+    prices.add_argument("--out", default="-", help="import: the file to write")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Runs gateways: one in this process, or several worker processes behind the same listening sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import uvicorn
+
+from router.core.errors import ConfigurationError
+from router.settings import Settings, collect_metrics_in, read_settings, worker_environment
+
+log = logging.getLogger("farthing")
+
+BACKLOG = 2048
+DRAIN_SECONDS = 30
+RESTART_PAUSE = 1.0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigurationError where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ConfigurationError(
+            f"--port: {host}:{port} cannot be listened on ({error.strerror}). Name another port, or free it."
+        ) from None
+    sock.listen(BACKLOG)
+    sock.set_inheritable(True)
+    return sock
+
+
+def serve(settings: Settings, announce: Callable[[str], None]) -> int:
+    """Serves until SIGTERM or SIGINT. `announce` is told where. The exit status of the process."""
+    if settings.admin_port is not None and not settings.admin_key:
+        raise ConfigurationError(
+            "--admin-port needs FARTHING_ADMIN_KEY: the admin plane is never open to everyone."
+        )
+    data = listen(settings.host, settings.port)
+    admin = listen(settings.host, settings.admin_port) if settings.admin_port is not None else None
+    announce(f"Farthing serves http://{settings.host}:{data.getsockname()[1]}/v1")
+    if admin is not None:
+        announce(f"Admin plane: http://{settings.host}:{admin.getsockname()[1]}/admin")
+    if settings.workers == 1:
+        _run(run_worker(settings, data, admin))
+        return 0
+    return _Supervisor(settings, data, admin).run()
+
+
+def _run(worker: Coroutine[Any, Any, None]) -> None:
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(worker)
+
+
+class _Server(uvicorn.Server):
+    """Signals are the worker's to handle: it may run two servers in one loop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _server(app: Any) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            app,
+            loop="none",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            date_header=True,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+            h11_max_incomplete_event_size=64 * 1024,
+        )
+    )
+
+
+async def run_worker(
+    settings: Settings, data: socket.socket, admin: socket.socket | None, worker: str = "worker"
+) -> None:
+    """One gateway on these sockets, until SIGTERM or SIGINT; SIGHUP reloads the configuration."""
+    from router.app import Gateway
+
+    gateway = Gateway(settings, worker)
+    await gateway.start()
+    servers = [_server(gateway.data_plane)]
+    sockets = [data]
+    if admin is not None:
+        servers.append(_server(gateway.admin_plane))
+        sockets.append(admin)
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        gateway.drain()
+        for server in servers:
+            if server.should_exit:
+                server.force_exit = True
+            server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
+    loop.add_signal_handler(signal.SIGHUP, gateway.watch.reload)
+    try:
+        await asyncio.gather(
+            *(server.serve(sockets=[sock]) for server, sock in zip(servers, sockets, strict=True))
+        )
+    finally:
+        await gateway.stop()
+
+
+class _Supervisor:
+    """Starts worker processes, replaces one that dies, hands signals on."""
+
+    def __init__(self, settings: Settings, data: socket.socket, admin: socket.socket | None) -> None:
+        self._settings = settings
+        self._data = data
+        self._admin = admin
+        self._workers: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
+        self._ending = False
+
+    def run(self) -> int:
+        shutil.rmtree(self._settings.metrics, ignore_errors=True)
+        self._settings.metrics.mkdir(parents=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._end())
+        signal.signal(signal.SIGHUP, lambda *_: self._tell(signal.SIGHUP))
+        for index in range(self._settings.workers):
+            self._start(index)
+        status = 0
+        while self._workers:
+            for index, (process, started) in list(self._workers.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del self._workers[index]
+                if self._ending:
+                    status = status or max(code, 0)
+                elif (
+                    code == 2
+                ):  # it says itself what is wrong with its configuration; the others would say the same
+                    status = code
+                    self._end()
+                else:
+                    log.error("worker %d ended with status %d and is replaced", index, code)
+                    if time.monotonic() - started < RESTART_PAUSE:
+                        time.sleep(RESTART_PAUSE)
+                    self._start(index)
+            time.sleep(0.1)
+        return status
+
+    def _start(self, index: int) -> None:
+        settings = self._settings
+        # One worker serves the admin plane: it needs no more, and its state is in SQL and files.
+        admin = self._admin if index == 0 else None
+        sockets = [self._data, *([admin] if admin is not None else [])]
+        arguments = {
+            "index": index,
+            "sockets": [sock.fileno() for sock in sockets],
+            "host": settings.host,
+            "port": settings.port,
+            "workers": settings.workers,
+            "open_team": settings.open_team,
+        }
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            [sys.executable, "-m", "router.serve", json.dumps(arguments)],
+            pass_fds=[sock.fileno() for sock in sockets],
+            env=worker_environment(settings, {}),
+        )
+        self._workers[index] = (process, time.monotonic())
+
+    def _tell(self, number: int) -> None:
+        for process, _ in self._workers.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    def _end(self) -> None:
+        self._ending = True
+        self._tell(signal.SIGTERM)
+
+
+def _worker_main(text: str) -> int:
+    arguments = json.loads(text)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    settings = read_settings(
+        host=arguments["host"],
+        port=arguments["port"],
+        workers=arguments["workers"],
+        open_team=arguments["open_team"],
+    )
+    collect_metrics_in(settings.metrics)
+    sockets = [socket.socket(fileno=number) for number in arguments["sockets"]]
+    admin = sockets[1] if len(sockets) > 1 else None
+    try:
+        _run(run_worker(settings, sockets[0], admin, f"worker-{arguments['index']}"))
+    except ConfigurationError as error:
+        print(f"farthing: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_worker_main(sys.argv[1]))
