@@ -109,6 +109,9 @@ def one_snapshot(engine: Engine) -> Iterator[Connection]:
     if engine.dialect.name == "postgresql":
         engine = engine.execution_options(isolation_level="REPEATABLE READ")
     with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            # A report over years may take longer than any statement a request waits for.
+            connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
         yield connection
 
 

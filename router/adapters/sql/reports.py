@@ -408,7 +408,7 @@ def _as_json(report: Report) -> str:
 
 def _as_csv(report: Report) -> str:
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = csv.writer(out, lineterminator="\r\n")  # RFC 4180; it quotes both
     writer.writerow(report.columns)
     for row in report.rows:
         writer.writerow([_csv_cell(row[name]) for name in report.columns])

@@ -87,7 +87,7 @@ def _differences(connection: Connection, result: Verification, batch: int) -> It
     yield from _orphans(connection)
     prices = _Prices(connection)
     rollup: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0] * len(ROLLUP_SUMS))
-    budgets: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    budgets: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0, 0])
     after = ""
     while True:
         query = sa.select(requests).where(requests.c.id > after).order_by(requests.c.id).limit(batch)
@@ -133,7 +133,8 @@ class _Prices:
         if price_id not in self._known:
             query = sa.select(price_records).where(price_records.c.id == price_id)
             row = self._connection.execute(query).mappings().one_or_none()
-            self._known[price_id] = row and (_nano(row["unit_prices"]), _nano(row["list_prices"]))
+            prices = None if row is None else (_nano(row["unit_prices"]), _nano(row["list_prices"]))
+            self._known[price_id] = prices
         return self._known[price_id]
 
 
