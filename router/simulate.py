@@ -454,6 +454,9 @@ class Simulator:
             elif route in ("/chat/completions", "/embeddings") and scope["method"] == "POST":
                 await self._call(route, scope, receive, send)
             else:
+                stray = Call(f"stray-{next(self._numbers):016x}", "", path, _now(), None, (), ())
+                stray.status, stray.ended = 404, stray.started
+                self.log.append(stray)
                 raise _Refusal(404, f"Invalid URL ({scope['method']} {path})", None)
         except _Refusal as refusal:
             await _answer(send, refusal.status, refusal.body, headers=refusal.headers)

@@ -12,16 +12,18 @@ from functools import lru_cache
 
 import aiohttp
 from aiohttp import http_exceptions
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.payload import BytesPayload
 from yarl import URL
 
 from router.core.errors import ConfigurationError, UpstreamError
-from router.core.policy import Timeouts
 from router.core.ports import UpstreamCall, UpstreamReply
 
 # Idle connections go before the 75 s after which common proxies close theirs.
 KEEP_ALIVE_SECONDS = 60.0
 MAX_HEADER_BYTES = 16_384
 READ_BUFFER_BYTES = 65_536
+CONNECTIONS_TRIED = 3
 USER_AGENT = "farthing"
 
 
@@ -57,14 +59,8 @@ class OpenAIWire:
         if authorization := self._authorization.get(provider.name):
             headers["authorization"] = authorization
         url = _url(provider.base_url, call.path)
-        session = self._session or self._open()
         try:
-            try:
-                response = await self._post(session, url, headers, call.body, provider.timeouts)
-            except aiohttp.ClientConnectionResetError:
-                # The kept connection was already closed when the first byte was to be written: nothing was
-                # sent, so a fresh one is no second attempt. Anything later is one, and is not made here.
-                response = await self._post(session, url, headers, call.body, provider.timeouts)
+            response = await self._post(url, headers, call.body, provider.timeouts.connect)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _failure(error) from None
         if not 200 <= response.status < 300 and response.status < 400:
@@ -93,16 +89,34 @@ class OpenAIWire:
         return self._session
 
     async def _post(
-        self,
-        session: aiohttp.ClientSession,
-        url: URL,
-        headers: Mapping[str, str],
-        body: bytes,
-        timeouts: Timeouts,
+        self, url: URL, headers: Mapping[str, str], body: bytes, connect: float
     ) -> aiohttp.ClientResponse:
-        return await session.post(
-            url, data=body, headers=headers, allow_redirects=False, timeout=_timeout(timeouts.connect)
-        )
+        session = self._session or self._open()
+        for left in reversed(range(CONNECTIONS_TRIED)):
+            payload = _Body(body)
+            try:
+                return await session.post(
+                    url, data=payload, headers=headers, allow_redirects=False, timeout=_timeout(connect)
+                )
+            except aiohttp.ClientConnectorError:
+                raise
+            except (aiohttp.ClientConnectionError, ConnectionError):
+                # The provider had closed the kept connection. While nothing was sent, another connection is
+                # no second attempt; anything later is one, and is not made here.
+                if payload.sent or not left:
+                    raise
+        raise AssertionError("unreachable")
+
+
+class _Body(BytesPayload):
+    """Knows whether its one write, which takes the request's head along, found the connection open."""
+
+    sent = False
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        transport = getattr(writer, "transport", None)
+        self.sent = transport is not None and not transport.is_closing()
+        await super().write_with_length(writer, content_length)
 
 
 class AiohttpReply:
