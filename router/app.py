@@ -94,7 +94,7 @@ class Gateway:
         self._budgets, self._caches = self._stores()
         self._admission = Admission(self._keys, settings.secret, open_team=settings.open_team)
         identifiers = RequestIdentifiers()
-        draw = random.SystemRandom().random
+        draw = random.Random().random  # noqa: S311 - spreads load and samples; guards nothing
         reserve = Reserve(self._budgets)
         pipeline = Pipeline(
             configuration=lambda: self.watch.current,

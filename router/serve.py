@@ -88,6 +88,8 @@ def _server(app: Any) -> _Server:
             access_log=False,
             log_config=None,
             server_header=False,
+            # A caller's X-Forwarded-For must never pass for the peer's own address.
+            proxy_headers=False,
             date_header=True,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=DRAIN_SECONDS,

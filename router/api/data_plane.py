@@ -335,4 +335,6 @@ def _model_object(name: str) -> dict[str, object]:
 
 def _safe(value: str) -> bytes:
     """A header value without control characters, so that nothing can add a header of its own."""
+    if value.isascii() and value.isprintable():
+        return value.encode("ascii")
     return "".join(c if " " <= c <= "~" else "?" for c in value).encode("ascii")
