@@ -98,8 +98,9 @@ class ConfigurationWatch:
         self._on_change: list[Callable[[CompiledSnapshot], None]] = [on_change] if on_change else []
         self._on_error: list[Callable[[str], None]] = [on_error] if on_error else []
         self._stamp = self._look()
-        self._contents = _contents(directory)
-        loaded = _lint(self._contents, catalogue, now())
+        contents = _contents(directory)
+        loaded = _lint(contents, catalogue, now())
+        self._contents: _Contents | None = contents
         self.current: CompiledSnapshot = _accepted(loaded)
         self.warnings: Sequence[Problem] = loaded.warnings
         self.last_error: str | None = None
@@ -131,17 +132,17 @@ class ConfigurationWatch:
         self._stamp = stamp
         try:
             contents = _contents(self._directory)
-            if contents == self._contents:
-                return False
-            self._contents = contents
+        except ConfigurationError as error:
+            self._contents = None
+            return self._failed(error)
+        if contents == self._contents:
+            return False
+        self._contents = contents
+        try:
             loaded = _lint(contents, self._catalogue, self._now())
             snapshot = _accepted(loaded)
         except ConfigurationError as error:
-            self.last_error = str(error)
-            _log.error("configuration not reloaded, the last good one stays active:\n%s", error)
-            for report in self._on_error:
-                report(self.last_error)
-            return False
+            return self._failed(error)
         self.warnings, self.last_error, self.loaded_at = loaded.warnings, None, self._now()
         if snapshot.hash == self.current.hash:
             return False
@@ -150,6 +151,13 @@ class ConfigurationWatch:
         for tell in self._on_change:
             tell(snapshot)
         return True
+
+    def _failed(self, error: ConfigurationError) -> bool:
+        self.last_error = str(error)
+        _log.error("configuration not reloaded, the last good one stays active:\n%s", error)
+        for report in self._on_error:
+            report(self.last_error)
+        return False
 
     def _look(self) -> _Stamp:
         found = []
