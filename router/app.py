@@ -39,6 +39,7 @@ from router.stages.dispatch import Dispatch
 from router.stages.exact import ExactCache
 from router.stages.flight import Flights
 from router.stages.reserve import Reserve
+from router.stages.semantic import ShadowSemanticCache
 from router.stages.settle import Settle
 
 log = logging.getLogger("farthing")
@@ -102,6 +103,7 @@ class Gateway:
             exact=ExactCache(self._caches, settings.secret),
             flights=Flights(),
             classify=Classify(self._classifier, self._executor),
+            semantic=ShadowSemanticCache(self._classifier.static, settings.secret, self._telemetry),
             decide=Decide(self._health, self._clock),
             reserve=reserve,
             dispatch=Dispatch(self._wires, reserve, self._journal, self._health, self._clock, draw),

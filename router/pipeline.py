@@ -26,6 +26,7 @@ from router.stages.flight import Flight, Flights, Head, Subscription, UsageFrame
 from router.stages.normalise import conversation_of, named_model, normalise_chat
 from router.stages.reply import Answer, stored_answer, streamed_answer, whole_answer
 from router.stages.reserve import Reserve
+from router.stages.semantic import SemanticCache
 from router.stages.settle import Settle, note_failure
 
 
@@ -49,6 +50,7 @@ class Pipeline:
     exact: ExactCache
     flights: Flights
     classify: Classify
+    semantic: SemanticCache
     decide: Decide
     reserve: Reserve
     dispatch: Dispatch
@@ -139,6 +141,7 @@ class Pipeline:
             )
         elif policy.advise and self.draw() < policy.advise:
             exchange.advice = self.classify.aside(exchange.request.prompt)
+        await self.semantic.find(exchange)  # only measures so far
         self.decide.choose(exchange, self.draw())
         try:
             await self.reserve.hold(exchange, lambda: self.decide.downgraded(exchange))

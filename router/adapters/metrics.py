@@ -49,6 +49,9 @@ class PrometheusTelemetry:
         self._attempts = counter(
             "farthing_upstream_attempts_total", "Calls to providers", ("provider", "outcome")
         )
+        self._semantic = counter(
+            "farthing_semantic_shadow_total", "Look-ups of the measuring semantic cache", ("neighbour",)
+        )
         # Savings can be negative (a dearer model answered), which a counter cannot count.
         self._avoided = Gauge(
             "farthing_avoided_nanousd_total",
@@ -102,6 +105,9 @@ class PrometheusTelemetry:
 
     def refused(self, reason: str) -> None:
         self._refused.labels(reason).inc()
+
+    def semantic_shadow(self, near: bool) -> None:
+        self._semantic.labels("near" if near else "none").inc()
 
     def render(self) -> bytes:
         """Prometheus text format 0.0.4."""

@@ -40,35 +40,44 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(StoredAnswer)
 
 
+def scope_of(exchange: Exchange, request: object) -> str:
+    """What a stored answer may be shared within, as canonical text: the tenant's scope, the reference model, the rules
+    in force, what the caller tightened, and `request`, the part of the body that must be the same.
+    """
+    caller, policy, wishes = exchange.caller, exchange.policy, exchange.wishes
+    if policy.cache.scope == "shared":
+        scope = ["shared"]
+    elif policy.cache.scope == "team":
+        scope = ["team", caller.team]
+    else:
+        scope = ["app", caller.team, caller.app or ""]
+    parts = {
+        "scope": scope,
+        "reference": exchange.reference or "auto",
+        "rules": policy.fingerprint,
+        "quality": str(wishes.min_quality),
+        "cost": wishes.max_cost,
+        "request": request,
+    }
+    return json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def keyed(secret: bytes, text: str) -> str:
+    """HMAC-SHA256, hex. The scope is inside the hash, so another tenant's entry cannot even be named."""
+    return hmac.new(secret, text.encode("ascii"), sha256).hexdigest()
+
+
 class ExactCache:
     def __init__(self, store: CacheStore, secret: bytes) -> None:
         self._store = store
         self._secret = secret
 
     def key(self, exchange: Exchange) -> str | None:
-        """A keyed hash: the scope is part of it, so another tenant's entry cannot even be named. None where the
-        policy or the caller wants no cache.
-        """
-        caller, policy, wishes = exchange.caller, exchange.policy, exchange.wishes
-        if not policy.cache.exact or not (wishes.read_cache or wishes.write_cache):
+        """The key of this request's answer. None where the policy or the caller wants no cache."""
+        wishes = exchange.wishes
+        if not exchange.policy.cache.exact or not (wishes.read_cache or wishes.write_cache):
             return None
-        scope: list[str]
-        if policy.cache.scope == "shared":
-            scope = ["shared"]
-        elif policy.cache.scope == "team":
-            scope = ["team", caller.team]
-        else:
-            scope = ["app", caller.team, caller.app or ""]
-        parts = {
-            "scope": scope,
-            "reference": exchange.reference or "auto",
-            "rules": policy.fingerprint,
-            "quality": str(wishes.min_quality),
-            "cost": wishes.max_cost,
-            "request": _canonical(exchange.request.body),
-        }
-        text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hmac.new(self._secret, text.encode("ascii"), sha256).hexdigest()
+        return keyed(self._secret, scope_of(exchange, canonical(exchange.request.body)))
 
     async def find(self, key: str, exchange: Exchange) -> StoredAnswer | None:
         """None where nothing is stored, or the caller wants a fresh answer."""
@@ -106,5 +115,6 @@ class ExactCache:
         self._store.put(key, _encoder.encode(answer), exchange.policy.cache.ttl * (1 - _JITTER * draw))
 
 
-def _canonical(body: Mapping[str, Any]) -> dict[str, Any]:
+def canonical(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body without what does not change the answer."""
     return {name: value for name, value in body.items() if name not in _OUTSIDE_KEY}
