@@ -49,8 +49,9 @@ BUDGET_WATCH_SECONDS = 10.0
 
 
 class Gateway:
-    """One worker. It raises ConfigurationError where it could not serve truthfully. `data_plane` and `admin_plane` are
-    ASGI applications; `/readyz` says when `start` has ended.
+    """One worker. It raises ConfigurationError where it could not serve truthfully.
+
+    `data_plane` and `admin_plane` are ASGI applications; `/readyz` says when `start` has ended.
     """
 
     def __init__(self, settings: Settings, worker: str = "worker") -> None:

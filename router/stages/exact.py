@@ -41,8 +41,10 @@ _decoder = msgspec.msgpack.Decoder(StoredAnswer)
 
 
 def scope_of(exchange: Exchange, request: object) -> str:
-    """What a stored answer may be shared within, as canonical text: the tenant's scope, the reference model, the rules
-    in force, what the caller tightened, and `request`, the part of the body that must be the same.
+    """What a stored answer may be shared within, as canonical text.
+
+    The tenant's scope, the reference model, the rules in force, what the caller tightened, and `request`, the part of
+    the body that must be the same.
     """
     caller, policy, wishes = exchange.caller, exchange.policy, exchange.wishes
     if policy.cache.scope == "shared":
