@@ -118,7 +118,7 @@ class JournalFile:
         """Raises UnavailableError when the folder cannot be made or written."""
         self._segment_bytes = segment_bytes
         self._mutex = threading.Lock()
-        self._waiting: deque[bytes] = deque()
+        self._waiting: deque[tuple[bytes, RequestRecord]] = deque()
         self._in_flight: set[str] = set()
         self.settled = 0
         """Requests settled by this worker, stored or still waiting for the disk."""
@@ -178,11 +178,11 @@ class JournalFile:
         try:
             with self._mutex:
                 if self._waiting:
-                    self._waiting.append(frame)
+                    self._waiting.append((frame, record))
                 else:
                     self._append(frame)
         except OSError as error:
-            self._waiting.append(frame)
+            self._waiting.append((frame, record))
             log.error("the journal cannot be written, settled requests wait in memory: %s", error.strerror)
 
     def retry(self) -> None:
@@ -191,8 +191,22 @@ class JournalFile:
             return
         with self._mutex, suppress(OSError):
             while self._waiting:
-                self._append(self._waiting[0])
+                self._append(self._waiting[0][0])
                 self._waiting.popleft()
+
+    def take_waiting(self) -> list[RequestRecord]:
+        """Hands over what waits in memory, for one who books it without the disk."""
+        with self._mutex:
+            taken = [record for _, record in self._waiting]
+            self._waiting.clear()
+        return taken
+
+    def give_back(self, records: list[RequestRecord]) -> None:
+        """What could not be booked waits again."""
+        with self._mutex:
+            self._waiting.extendleft(
+                (_frame(SETTLE, record.id, record), record) for record in reversed(records)
+            )
 
     def sync(self) -> None:
         """Asks the operating system to bring this segment to the disk (for a crash of the machine)."""

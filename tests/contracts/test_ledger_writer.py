@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import os
+import struct
+import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import psycopg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
-from router.adapters.journal import JournalFile, journal_folders, segment_numbers, segment_path
+from router.adapters.journal import SETTLE, JournalFile, journal_folders, segment_numbers, segment_path
 from router.adapters.sql import schema
 from router.adapters.sql.database import open_engine
+from router.adapters.sql.verify import verify
 from router.adapters.sql.writer import LedgerWriter
 from router.core.errors import UnavailableError
 from router.core.types import NanoUSD, Usage
@@ -218,33 +224,150 @@ async def test_money_is_exact_to_the_nano_usd(engine: Engine, tmp_path: Path) ->
     assert row["spent"] == 3 * 250_000_000_000_500
 
 
-def take_away(database: Path, away: Path) -> None:
+@contextmanager
+def sqlite_away(url: str) -> Iterator[None]:
+    database = Path(url.removeprefix("sqlite:///"))
+    away = database.with_suffix(".away")
     database.rename(away)
     database.mkdir()  # opening it fails until it is back
-
-
-def bring_back(database: Path, away: Path) -> None:
+    yield
     database.rmdir()
     away.rename(database)
 
 
-async def test_sql_away_and_back(tmp_path: Path, sqlite_url: str) -> None:
-    engine = open_engine(sqlite_url)
-    database = Path(sqlite_url.removeprefix("sqlite:///"))
-    away = database.with_suffix(".away")
-    journal = JournalFile(tmp_path / "journal")
+@contextmanager
+def postgresql_away(url: str, server: Any) -> Iterator[None]:
+    name = sa.make_url(url).database
+    with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+        connection.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name]
+        )
+        yield
+        connection.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+
+
+async def test_sql_away_and_back(database_url: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    engine = open_engine(database_url)
+    journal = JournalFile(tmp_path / "journal", segment_bytes=500_000)
     writer = LedgerWriter(engine, journal, tmp_path / "journal", FixedClock(), poll=0.01)
-    take_away(database, away)
     writer.start()
-    for _ in range(1200):
-        journal.settle(settled(new_id()))
-    with pytest.raises(UnavailableError):
-        await writer.flush(0.3)
-    assert (writer.sql_up, writer.backlog, writer.unsettled) == (False, 1200, 1200)
-    assert len(writer._batch) <= 500
-    bring_back(database, away)
+    if engine.dialect.name == "sqlite":
+        gone = sqlite_away(database_url)
+    else:
+        journal.settle(settled(new_id()))  # a connection that breaks
+        await writer.flush()
+        gone = postgresql_away(database_url, request.getfixturevalue("postgresql_server"))
+    before = writer.committed
+    with gone:
+        for _ in range(1200):
+            journal.settle(settled(new_id()))
+        with pytest.raises(UnavailableError):
+            await writer.flush(0.3)
+        assert (writer.sql_up, writer.backlog, writer.unsettled) == (False, 1200, 1200)
+        assert len(writer._batch) <= 500
+        assert segment_numbers(journal.folder)[0] == 1, "nothing goes before COMMIT"
     await writer.flush()
     assert (writer.sql_up, writer.backlog) == (True, 0)
-    assert len(rows(engine, schema.requests)) == 1200
+    assert len(rows(engine, schema.requests)) == before + 1200
     assert writer.stop() is True
     engine.dispose()
+
+
+async def test_replay_without_sql_loses_nothing(tmp_path: Path, sqlite_url: str) -> None:
+    dead = JournalFile(tmp_path / "journal")
+    dead.settle(settled(new_id()))
+    kill(dead)
+    engine = open_engine(sqlite_url)
+    writer = LedgerWriter(engine, JournalFile(tmp_path / "journal"), tmp_path / "journal", FixedClock())
+    with sqlite_away(sqlite_url), pytest.raises(UnavailableError):
+        await writer.replay()
+    assert await writer.replay() == 1
+    assert writer.stop() is True
+    engine.dispose()
+
+
+async def test_what_a_full_disk_refused_goes_to_sql(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = settled(new_id())
+    with worker(engine, tmp_path) as (journal, writer):
+        journal.open(opened(request.id))
+        with monkeypatch.context() as patched:
+            patched.setattr(journal, "_append", full)
+            journal.settle(request)
+            await writer.flush()
+        assert [row["id"] for row in rows(engine, schema.requests)] == [request.id]
+        assert (writer.unsettled, journal.waiting) == (0, 0)
+    [spent] = {row["spent"] for row in rows(engine, schema.budget_spend)}
+    assert spent == request.cost
+
+
+def full(frame: bytes) -> None:
+    raise OSError(28, "No space left on device")
+
+
+async def test_a_record_of_another_version_is_set_aside(engine: Engine, tmp_path: Path) -> None:
+    with worker(engine, tmp_path) as (journal, writer):
+        body = struct.pack("<BB", SETTLE, 5) + b"other" + msgspec.msgpack.encode({"id": "other"})
+        journal._append(struct.pack("<II", len(body), zlib.crc32(body)) + body)
+        journal.settled += 1
+        journal.settle(settled(new_id()))
+        await writer.flush()
+        assert (writer.rejected, writer.unsettled) == (1, 0)
+    assert len(rows(engine, schema.requests)) == 1
+    [line] = (tmp_path / "rejected.jsonl").read_bytes().splitlines()
+    assert msgspec.json.decode(line)["record"] == {"id": "other"}
+
+
+WORKER = """
+import itertools, sys, threading
+from pathlib import Path
+from router.adapters.journal import JournalFile
+from router.adapters.sql.database import open_engine
+from router.adapters.sql.verify import verify
+from router.adapters.sql.writer import LedgerWriter
+from tests.contracts.ledger_records import FixedClock, attempted, opened, settled
+url, folder, name = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+journal = JournalFile(folder, segment_bytes=50_000)
+LedgerWriter(open_engine(url), journal, folder, FixedClock(), poll=0.005, batch=20).start()
+for number in itertools.count():
+    request_id = f"{name}-{number}"
+    journal.open(opened(request_id))
+    sys.stdout.write(request_id + "\\n"); sys.stdout.flush()
+    journal.attempt(attempted(request_id))
+    if number % 3:
+        journal.settle(settled(request_id))
+"""
+
+
+async def test_kill_9_loses_no_request_and_books_none_twice(
+    engine: Engine, database_url: str, tmp_path: Path
+) -> None:
+    admitted: set[str] = set()
+    for round_number in range(3):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            WORKER,
+            database_url,
+            str(tmp_path),
+            f"round-{round_number}",
+            stdout=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
+        assert process.stdout is not None
+        for _ in range(400 + 137 * round_number):
+            admitted.add((await process.stdout.readline()).decode().strip())
+        process.kill()
+        admitted.update(line.decode() for line in (await process.stdout.read()).split(b"\n")[:-1])
+        await process.wait()
+        with worker(engine, tmp_path) as (_, writer):
+            await writer.replay()
+    booked = [row["id"] for row in rows(engine, schema.requests)]
+    assert len(booked) == len(set(booked))
+    assert admitted <= set(booked)
+    assert len(set(booked) - admitted) <= 3, "at most the one each round that was opened and not printed"
+    result = verify(engine, tmp_path)
+    assert (result.differences, result.unsettled) == ([], 0)
+    assert journal_folders(tmp_path) == []

@@ -222,6 +222,7 @@ class SqlKeyDirectory:
         self._tokens = lookups_per_second
         self._tokens_at = time.monotonic()
         self._callers: dict[str, Caller] = {}
+        self._state: tuple[object, ...] = ()
         self._read_at: float | None = None
         self._misses: OrderedDict[str, float] = OrderedDict()
         # A pool of its own: a database that hangs holds up nobody else's work in threads.
@@ -247,12 +248,22 @@ class SqlKeyDirectory:
     def refresh(self) -> None:
         """Reads all keys. Raises UnavailableError."""
         started = time.monotonic()
-        query = sa.select(api_keys).where(api_keys.c.revoked_at.is_(None))
+        table = api_keys.c
+        # Keys are only added and revoked: while these stand still, so does the map.
+        changes = sa.select(
+            sa.func.count(),
+            sa.func.count(table.revoked_at),
+            sa.func.max(table.created_at),
+            sa.func.max(table.revoked_at),
+        ).select_from(api_keys)
+        valid = sa.select(api_keys).where(table.revoked_at.is_(None))
         try:
             with self._replacing:
                 with self._engine.connect() as connection:
-                    callers = {row.key_hash: _caller(row) for row in connection.execute(query)}
-                self._callers = callers
+                    state = tuple(connection.execute(changes).one())
+                    if state != self._state:
+                        self._callers = {row.key_hash: _caller(row) for row in connection.execute(valid)}
+                        self._state = state
                 self._read_at = started
         except SQLAlchemyError as error:
             raise unavailable(error) from None

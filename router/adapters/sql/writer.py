@@ -222,12 +222,15 @@ class LedgerWriter:
 
         Raises UnavailableError after `timeout` seconds.
         """
-        target = self._journal.appended + self._journal.waiting
+        target: int | None = None
         deadline = time.monotonic() + timeout
         self._wake.set()
-        while self._frames_done < target:
+        while target is None or self._frames_done < target:
             if time.monotonic() > deadline:
                 raise UnavailableError("the ledger did not take every record in time")
+            if target is None and not self._journal.waiting:
+                target = self._journal.appended
+                continue
             await asyncio.sleep(0.005)
 
     def start(self) -> None:
@@ -262,6 +265,7 @@ class LedgerWriter:
             try:
                 self._journal.retry()
                 self._drain()
+                self._book_waiting()
                 if not stopping and time.monotonic() >= adopt_at:
                     adopt_at = time.monotonic() + self._adopt_every
                     self.adopt_orphans()
@@ -297,14 +301,36 @@ class LedgerWriter:
                 segment_path(self._journal.folder, number).unlink(missing_ok=True)
                 del self._unfinished.by_segment[number]
 
+    def _book_waiting(self) -> None:
+        """What a full disk did not take goes straight to SQL, which may have a disk of its own."""
+        if not self._journal.waiting:
+            return
+        records = self._journal.take_waiting()
+        while records:
+            batch = records[: self._batch_size]
+            try:
+                self._commit(batch, fresh=False)
+            except BaseException:
+                self._journal.give_back(records)
+                raise
+            self.committed += len(batch)
+            self._unfinished.committed([record.id for record in batch])
+            del records[: self._batch_size]
+
     def _read_batch(self) -> bool:
         self._tried = False
         for frame in self._reader.frames(self._journal.end):
             self._unfinished.seen(frame.segment, frame.request_id)
-            if frame.kind == SETTLE:
-                self._batch.append(decode_settle(frame.payload))
-                if len(self._batch) >= self._batch_size:
-                    break
+            if frame.kind != SETTLE:
+                continue
+            record = self._decoded(frame)
+            if record is None:
+                self.committed += 1
+                self._unfinished.committed([frame.request_id])
+                continue
+            self._batch.append(record)
+            if len(self._batch) >= self._batch_size:
+                break
         if not self._batch:
             self._frames_done = self._reader.frames_read + self._reader.skipped
         return bool(self._batch)
@@ -329,17 +355,30 @@ class LedgerWriter:
             try:
                 written += self._ledger.write([without_nul(record)], fresh=False)
             except (DataError, IntegrityError) as error:
-                self._set_aside(record, type(error).__name__)
+                self._set_aside(record.id, record, type(error).__name__)
         return written
 
-    def _set_aside(self, record: RequestRecord, reason: str) -> None:
+    def _decoded(self, frame: Frame) -> RequestRecord | None:
+        """None for a record this version cannot read (another version wrote it); it is set aside."""
+        try:
+            return decode_settle(frame.payload)
+        except (msgspec.DecodeError, ValueError) as error:
+            self._set_aside(frame.request_id, frame.payload, type(error).__name__)
+            return None
+
+    def _set_aside(self, request_id: str, record: RequestRecord | bytes, reason: str) -> None:
         self.rejected += 1
-        log.error("the ledger refused request %s (%s): kept in %s", record.id, reason, REJECTED_FILE)
-        line = msgspec.json.encode(record, enc_hook=dict) + b"\n"
+        log.error("the ledger cannot book request %s (%s): kept in %s", request_id, reason, REJECTED_FILE)
+        kept: dict[str, object] = {"request_id": request_id, "reason": reason}
+        try:
+            kept["record"] = msgspec.msgpack.decode(record) if isinstance(record, bytes) else record
+            line = msgspec.json.encode(kept, enc_hook=dict)
+        except (msgspec.MsgspecError, ValueError):
+            line = msgspec.json.encode({**kept, "record": record})  # bytes become base64
         path = self._folder / REJECTED_FILE
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.write(file, line)
+            os.write(file, line + b"\n")
         finally:
             os.close(file)
 
@@ -381,7 +420,8 @@ class LedgerWriter:
         for frame in reader.frames():
             if frame.kind == SETTLE:
                 unfinished.pop(frame.request_id, None)
-                batch.append(decode_settle(frame.payload))
+                if (record := self._decoded(frame)) is not None:
+                    batch.append(record)
             else:
                 unfinished.setdefault(frame.request_id, []).append(frame)
             if len(batch) >= self._batch_size:
@@ -389,13 +429,17 @@ class LedgerWriter:
                 batch = []
         if batch:
             yield batch
-        rest = [record for frames in unfinished.values() if (record := self._cancelled(frames)) is not None]
+        rest = [booked for frames in unfinished.values() if (booked := self._cancelled(frames)) is not None]
         for start in range(0, len(rest), self._batch_size):
             yield rest[start : start + self._batch_size]
 
     def _cancelled(self, frames: list[Frame]) -> RequestRecord | None:
-        opened = next((decode_open(frame.payload) for frame in frames if frame.kind == OPEN), None)
+        try:
+            opened = next((decode_open(frame.payload) for frame in frames if frame.kind == OPEN), None)
+            attempts = [decode_attempt(frame.payload) for frame in frames if frame.kind == ATTEMPT]
+        except (msgspec.DecodeError, ValueError) as error:
+            self._set_aside(frames[0].request_id, frames[0].payload, type(error).__name__)
+            return None
         if opened is None:  # its open record was in a segment that went after COMMIT, or is damaged
             return None
-        attempts = [decode_attempt(frame.payload) for frame in frames if frame.kind == ATTEMPT]
         return cancelled(opened, attempts, self._clock.now())
