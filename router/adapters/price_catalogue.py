@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from datetime import date
 from decimal import Decimal
 from importlib.metadata import version
@@ -181,6 +182,21 @@ def catalogue_text(catalogue: dict[str, Any]) -> str:
         lines.append("    }," if p < len(catalogue["providers"]) - 1 else "    }")
     lines += ["  }", "}"]
     return "\n".join(lines) + "\n"
+
+
+def listed(catalogue: Catalogue, match: str = "") -> Iterator[str]:
+    """One line per model whose `provider/name` holds `match`: its prices of today in USD per million tokens."""
+    wanted = match.lower()
+    for model in catalogue.models():
+        name = f"{model.provider}/{model.name}"
+        if wanted not in name.lower():
+            continue
+        prices = model.prices[-1].prices
+        shown = ", ".join(
+            f"{key} {prices[BUCKET_OF_PRICE[key]]}" for key in ("input", "cached_input", "output")
+        )
+        above = f", more above {model.long_context_above} input tokens" if model.long_context_above else ""
+        yield f"{name}: {shown}{above}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -164,6 +164,12 @@ class Catalogue:
             if (found := self.find(maker, name)) is not None:
                 return found
         return None
+
+    def models(self) -> Iterator[CatalogueModel]:
+        """Every model, in the order of the file."""
+        for provider, entry in self._providers.items():
+            for name, model in entry["models"].items():
+                yield self._model(provider, name, model)
 
     def named(self, name: str) -> CatalogueModel | None:
         """A model by its maker's name alone."""

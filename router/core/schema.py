@@ -31,7 +31,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from router.core.document import Document, Problem, dotted
 
-CAPABILITIES = frozenset({"tools", "json_schema", "json_object", "vision", "audio", "files", "logprobs", "n"})
+CAPABILITIES = frozenset({"tools", "json_schema", "vision", "audio", "file"})
+"""What a request can need of a model beyond text (`stages/normalise.py` finds them).
+"""
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 _NUMBER = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")
@@ -715,15 +717,16 @@ class PolicyFile(Entry):
 File = TypeVar("File", bound=BaseModel)
 
 
-def json_schema(kind: type[BaseModel]) -> dict[str, Any]:
+def json_schema(file: Literal["policy", "providers"]) -> dict[str, Any]:
     """The JSON Schema (2020-12) of one of the two files, for editors."""
+    kind = PolicyFile if file == "policy" else ProvidersFile
     schema = kind.model_json_schema(by_alias=True)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_as_written(schema)}
 
 
-def json_schema_text(kind: type[BaseModel]) -> str:
+def json_schema_text(file: Literal["policy", "providers"]) -> str:
     """The schema as it stands in `policies/policy.schema.json` and `policies/providers.schema.json`."""
-    return json.dumps(json_schema(kind), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(json_schema(file), indent=2) + "\n"
 
 
 def _as_written(schema: Any) -> Any:

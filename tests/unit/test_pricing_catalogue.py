@@ -13,6 +13,7 @@ import pytest
 from router.adapters.price_catalogue import (
     catalogue_from_genai_prices,
     catalogue_text,
+    listed,
     shipped_catalogue,
     shipped_policies,
 )
@@ -121,3 +122,14 @@ def test_a_resold_model_has_its_makers_price() -> None:
     found = Catalogue(prices, {}).find("shop", "m")
     assert found is not None
     assert (found.provider, found.prices[0].prices["output"]) == ("maker", Decimal(2))
+
+
+def test_prices_can_be_listed_by_name() -> None:
+    assert "openai/gpt-4o-mini: input 0.15, cached_input 0.075, output 0.6" in listed(
+        CATALOGUE, "gpt-4o-mini"
+    )
+    tiered = [line for line in listed(CATALOGUE, "openai/GPT-5.6-sol") if line.startswith("openai/")]
+    assert tiered == [
+        "openai/gpt-5.6-sol: input 4, cached_input 0.4, output 20, more above 272000 input tokens"
+    ]
+    assert list(listed(CATALOGUE, "no-such-model")) == []
