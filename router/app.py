@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 from classifiers.classifier import Classifier
+from router.adapters.administration import SqlAdministration
 from router.adapters.configuration import ConfigurationWatch
 from router.adapters.journal import JournalFile
 from router.adapters.memory import MemoryBudgetStore, MemoryCacheStore
@@ -78,6 +80,8 @@ class Gateway:
         self._missing.remove("configuration")
 
         self._engine = open_engine(settings.database_url)
+        # Reports may take long: they have connections of their own, and none before the first.
+        self._admin_engine = open_engine(settings.database_url)
         self._prepare_schema()
         self._missing.remove("schema")
 
@@ -124,10 +128,14 @@ class Gateway:
         )
         self.admin_plane = LazyAdminPlane(
             admin_key=settings.admin_key,
-            engine=self._engine,
-            settings=settings,
-            watch=self.watch,
-            clock=self._clock,
+            administration=SqlAdministration(
+                self._admin_engine,
+                settings.secret,
+                settings.journals,
+                self.watch,
+                self._clock,
+                self._admin_status,
+            ),
         )
 
     async def start(self) -> None:
@@ -180,6 +188,7 @@ class Gateway:
         self._journal.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._engine.dispose()
+        self._admin_engine.dispose()
 
     def missing(self) -> list[str]:
         """What `/readyz` waits for; providers and Redis are not among it."""
@@ -246,6 +255,20 @@ class Gateway:
                             self._warned.add(seen)
                             log.warning("budget %s has passed %s of its limit", limit.key, f"{mark:.0%}")
             await asyncio.sleep(BUDGET_WATCH_SECONDS)
+
+    def _admin_status(self) -> Mapping[str, Any]:
+        return {
+            "ready": not self._missing,
+            "missing": self.missing(),
+            "sql_up": self._writer.sql_up and self._keys.sql_up,
+            "redis_up": self._redis.up if self._redis is not None else None,
+            "journal_unsettled": self._writer.unsettled,
+            "open_breakers": [
+                {"provider": provider, "model": model or None}
+                for provider, model in self._health.open_breakers(self._clock.monotonic())
+            ],
+            "unusable_providers": dict(self._health.unusable),
+        }
 
     def _gauges(self) -> Iterable[tuple[str, dict[str, str], float]]:
         yield "farthing_journal_unsettled", {}, float(self._writer.unsettled)

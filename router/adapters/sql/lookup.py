@@ -182,7 +182,7 @@ def _described(
             "served_model": row["served_model"],
             "served_provider": row["served_provider"],
             "reason": row["decision"],
-            "why": _why(row),
+            "why": _why(row, len(tried)),
             "class": row["prompt_class"],
             "difficulty": row["difficulty"],
             "confidence": row["confidence"],
@@ -234,13 +234,13 @@ _REASONS: Mapping[str, str] = {
 }
 
 
-def _why(row: RowMapping) -> str:
+def _why(row: RowMapping, tried: int) -> str:
     if row["served_model"] is None:
         return "no model answered"
     if row["cache"] != "miss":
-        return _REASONS[row["cache"]] if row["cache"] in _REASONS else "from a cache"
+        return _REASONS.get(row["cache"], "from a cache")
     reason: str = _REASONS.get(row["decision"], row["decision"] or "not recorded: its gateway died")
-    return reason
+    return reason if tried < 2 else f"{reason}; attempt {tried}, as the ones before failed"
 
 
 def _usage(row: RowMapping) -> dict[str, int]:
