@@ -37,14 +37,16 @@ NAMES = (
     "non_latin_share",
 )
 
+# Every repetition is bounded: the patterns run on text that a caller chose.
 _WORD = re.compile(r"\w+")
 _CODE = re.compile(
-    r"[{};]\s*$|^\s*(?:def|class|import|from|func|fn|public|private|const|let|var|return|#include|for|while|if)\b"
-    r"|\w\(.*\)\s*[:{;]|=>|->|::|==|!=|&&|\|\||</\w+>|\bSELECT\b|\bself\.",
+    r"[{};][ \t]{0,8}$"
+    r"|^[ \t]{0,40}(?:def|class|import|from|func|fn|public|private|const|let|var|return|#include|for|while|if)\b"
+    r"|\w\([^()\n]{0,80}\)[ \t]{0,8}[:{;]|=>|->|::|==|!=|&&|\|\||</\w{1,20}>|\bSELECT\b|\bself\.",
     re.MULTILINE,
 )
 _MATHS = re.compile(r"[=^<>+*/\u2200-\u22ff\u0391-\u03c9]|\\[a-z]+|\b\w\(\w\)")
-_LIST = re.compile(r"^\s*(?:[-*\u2022]|\d{1,2}[.)])\s+\S|\b\d\)\s", re.MULTILINE)
+_LIST = re.compile(r"^[ \t]{0,40}(?:[-*\u2022]|\d{1,2}[.)])[ \t]{1,8}\S|\b\d\)\s", re.MULTILINE)
 _INSTRUCTION = re.compile(
     r"\b(?:write|explain|list|compare|describe|give|find|show|prove|derive|design|implement|create|make|draft|plan|"
     r"summari[sz]e|translate|rewrite|convert|extract|classify|compute|calculate|evaluate|analy[sz]e|discuss|assess|"

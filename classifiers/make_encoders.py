@@ -211,6 +211,10 @@ def main() -> None:
             },
         },
     }
+    previous = out / "manifest.json"
+    if previous.is_file():
+        # Heads stay recorded; where an encoder's id has changed, loading says that they must be trained again.
+        manifest["heads"] = json.loads(previous.read_text(encoding="utf-8")).get("heads", {})
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for name, details in encoders.items():
         print(name, details["id"], {file: d["bytes"] for file, d in details["files"].items()})

@@ -115,6 +115,27 @@ def test_work_is_bounded_on_huge_prompts() -> None:
     assert slow < 10 * fast
 
 
+HOSTILE = [
+    "a(" * 5000,
+    "\n" * 9000,
+    " " * 9000,
+    "; " * 5000,
+    "</a" * 3000,
+    "f(" + "x" * 9000,
+    "{" + " " * 9000 + "x",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_no_pattern_backtracks_without_bound(text: str) -> None:
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        CLASSIFIER.classify(text)
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.02
+
+
 def test_the_task_is_found_at_either_end_of_a_long_text() -> None:
     body = "\n".join(
         f"The committee noted item {n} and moved on to the next without discussion." for n in range(200)
