@@ -524,9 +524,7 @@ def _narrow(models: Mapping[str, ModelSpec], excluded: dict[str, str], label: st
     if layer.allow is not None:
         for model in models:
             if model not in layer.allow:
-                excluded.setdefault(
-                    model, f"not in {label}'s allow" if label != "defaults" else "not in defaults.allow"
-                )
+                excluded.setdefault(model, f"not allowed by {label}")
     for model in layer.deny:
         excluded.setdefault(model, f"denied by {label}")
 
