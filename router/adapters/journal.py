@@ -194,19 +194,16 @@ class JournalFile:
                 self._append(self._waiting[0][0])
                 self._waiting.popleft()
 
-    def take_waiting(self) -> list[RequestRecord]:
-        """Hands over what waits in memory, for one who books it without the disk."""
+    def waiting_records(self) -> list[RequestRecord]:
+        """What waits in memory, the oldest first, for one who books it without the disk."""
         with self._mutex:
-            taken = [record for _, record in self._waiting]
-            self._waiting.clear()
-        return taken
+            return [record for _, record in self._waiting]
 
-    def give_back(self, records: list[RequestRecord]) -> None:
-        """What could not be booked waits again."""
+    def booked(self, number: int) -> None:
+        """The oldest `number` of them are booked and wait no more."""
         with self._mutex:
-            self._waiting.extendleft(
-                (_frame(SETTLE, record.id, record), record) for record in reversed(records)
-            )
+            for _ in range(number):
+                self._waiting.popleft()
 
     def sync(self) -> None:
         """Asks the operating system to bring this segment to the disk (for a crash of the machine)."""

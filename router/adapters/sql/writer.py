@@ -303,19 +303,11 @@ class LedgerWriter:
 
     def _book_waiting(self) -> None:
         """What a full disk did not take goes straight to SQL, which may have a disk of its own."""
-        if not self._journal.waiting:
-            return
-        records = self._journal.take_waiting()
-        while records:
-            batch = records[: self._batch_size]
-            try:
-                self._commit(batch, fresh=False)
-            except BaseException:
-                self._journal.give_back(records)
-                raise
-            self.committed += len(batch)
-            self._unfinished.committed([record.id for record in batch])
-            del records[: self._batch_size]
+        while records := self._journal.waiting_records()[: self._batch_size]:
+            self._commit(records, fresh=False)
+            self.committed += len(records)
+            self._unfinished.committed([record.id for record in records])
+            self._journal.booked(len(records))
 
     def _read_batch(self) -> bool:
         self._tried = False
