@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from router.core.errors import UpstreamError
@@ -72,6 +73,10 @@ _EMBEDDING_FIELDS = frozenset({"model", "input", "dimensions", "encoding_format"
 _NOT_FORWARDED = frozenset({"metadata", "store"})
 _PLAIN_NAME = re.compile(r"\w{1,64}")
 
+# For these litellm puts `stop` into every chunk and drops the provider's own mark.
+_STOP_IN_EVERY_CHUNK = frozenset({"gemini", "vertex_ai", "vertex_ai_beta"})
+_NATIVE_END = b'"finishReason"'
+
 # Exceptions by name: their modules are loaded by litellm only.
 _BROKEN = frozenset(
     {
@@ -121,18 +126,23 @@ class LitellmWire:
         """Waits for the whole answer, or for a stream's headers. Raises UpstreamError, see the class."""
         arguments = _arguments(call)
         litellm = self._litellm or await self._load()
-        _broken.set([])
+        exchange = _Exchange()
+        _exchange.set(exchange)
         try:
             if call.path.rstrip("/").endswith("/embeddings"):
                 answer = await litellm.aembedding(**arguments, **self._connection(call.provider))
             else:
                 answer = await litellm.acompletion(
-                    **arguments, **self._connection(call.provider), drop_params=False
+                    **arguments,
+                    **self._connection(call.provider),
+                    drop_params=False,
+                    # Else `tools` load litellm's MCP gateway, which is not installed and calls others.
+                    _skip_mcp_handler=True,
                 )
         except Exception as error:
             raise _failure(error) from None
         if call.stream:
-            return _Stream(answer, self._closing)
+            return _Stream(answer, exchange, self._closing)
         return _Whole(_dump(_without_extras(answer.model_dump(exclude_none=True))))
 
     async def close(self) -> None:
@@ -174,33 +184,62 @@ class LitellmWire:
         return connection
 
 
-_broken: ContextVar[list[Exception]] = ContextVar("broken")
-"""The connection failures of the call in progress; a list, because litellm makes tasks of its own."""
+@dataclass(slots=True)
+class _Exchange:
+    """What was seen on the network for the call in progress."""
+
+    broken: Exception | None = None
+    native_end: bool = False
+
+
+# The object is shared by all tasks that litellm makes for one call.
+_exchange: ContextVar[_Exchange | None] = ContextVar("exchange", default=None)
 
 
 def _guard_transports() -> None:
-    """Wraps the one place where litellm makes its async transports: no redirect is followed, and its own retry
-    after a broken connection (a second call that nobody would count) gets the first failure again.
+    """Wraps the one place where litellm makes its async transports. No redirect is followed, nothing is
+    compressed, and litellm's own retry after a broken connection (a second call that nobody would count) gets
+    the first failure again.
     """
-    httpx = importlib.import_module("httpx")
+    httpx: Any = importlib.import_module("httpx")
     handler = importlib.import_module("litellm.llms.custom_httpx.http_handler").AsyncHTTPHandler
     create = handler.create_async_transport
+    if hasattr(create, "guarded"):
+        return
 
-    class Guarded(httpx.AsyncBaseTransport):  # type: ignore[name-defined, misc, unused-ignore]
+    class Watched(httpx.AsyncByteStream):  # type: ignore[misc]
+        def __init__(self, inner: Any, exchange: _Exchange) -> None:
+            self._inner = inner
+            self._exchange = exchange
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            before = b""
+            async for data in self._inner:
+                if not self._exchange.native_end:
+                    self._exchange.native_end = _NATIVE_END in before + data
+                    before = data[-len(_NATIVE_END) :]
+                yield data
+
+        async def aclose(self) -> None:
+            await self._inner.aclose()
+
+    class Guarded(httpx.AsyncBaseTransport):  # type: ignore[misc]
         def __init__(self, inner: Any) -> None:
             self._inner = inner
 
         async def handle_async_request(self, request: Any) -> Any:
-            broken = _broken.get([])
-            if broken:
-                raise broken[0]
+            exchange = _exchange.get() or _Exchange()
+            if exchange.broken is not None:
+                raise exchange.broken
+            request.headers["accept-encoding"] = "identity"
             try:
                 response = await self._inner.handle_async_request(request)
             except (httpx.RemoteProtocolError, httpx.ConnectError) as error:
-                broken.append(error)
+                exchange.broken = error
                 raise
             if 300 <= response.status_code < 400:
                 response.headers.pop("location", None)
+            response.stream = Watched(response.stream, exchange)
             return response
 
         async def aclose(self) -> None:
@@ -210,9 +249,8 @@ def _guard_transports() -> None:
         inner = create(*args, **kwargs)
         return Guarded(inner if inner is not None else httpx.AsyncHTTPTransport(trust_env=False))
 
-    if getattr(create, "farthing", None) is None:
-        guarded.farthing = True  # type: ignore[attr-defined]
-        handler.create_async_transport = staticmethod(guarded)
+    guarded.guarded = True  # type: ignore[attr-defined]
+    handler.create_async_transport = staticmethod(guarded)
 
 
 class _Whole:
@@ -234,9 +272,10 @@ class _Whole:
 class _Stream:
     status = 200
 
-    def __init__(self, stream: Any, closing: set[asyncio.Task[None]]) -> None:
+    def __init__(self, stream: Any, exchange: _Exchange, closing: set[asyncio.Task[None]]) -> None:
         self.headers: Mapping[str, str] = {"content-type": "text/event-stream; charset=utf-8"}
         self._stream = stream
+        self._exchange = exchange
         self._closing = closing
         self._closed = False
 
@@ -248,7 +287,7 @@ class _Stream:
                 payload = _without_extras(chunk.model_dump(exclude_none=True))
                 usage = payload.pop("usage", None)
                 choices = [_choice(choice) for choice in payload.get("choices", ())]
-                if any(choice["finish_reason"] for choice in choices) and not _ended(stream):
+                if any(choice["finish_reason"] for choice in choices) and not self._ended():
                     break
                 # litellm's own estimate is left out: the gateway's is flagged as one.
                 if usage and _usage_was_sent(stream):
@@ -263,7 +302,7 @@ class _Stream:
             if started and failure.kind != "timeout":
                 failure = UpstreamError("cut", f"the stream broke off ({type(error).__name__})")
             raise failure from None
-        if not _ended(stream):
+        if not self._ended():
             raise UpstreamError("cut", "the stream ended before the provider had finished")
         yield DONE_FRAME
 
@@ -275,16 +314,19 @@ class _Stream:
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
+    def _ended(self) -> bool:
+        """Whether the provider itself gave a finish reason; litellm puts `stop` where none came."""
+        stream = self._stream
+        if getattr(stream, "received_finish_reason", None):
+            return True
+        said = bool(getattr(stream, "intermittent_finish_reason", None))
+        if getattr(stream, "custom_llm_provider", None) in _STOP_IN_EVERY_CHUNK:
+            return said and self._exchange.native_end
+        return said
+
 
 async def _close(stream: Any) -> None:
     await stream.aclose()
-
-
-def _ended(stream: Any) -> bool:
-    """Whether the provider itself gave a finish reason; litellm puts `stop` where none came."""
-    return bool(
-        getattr(stream, "received_finish_reason", None) or getattr(stream, "intermittent_finish_reason", None)
-    )
 
 
 def _usage_was_sent(stream: Any) -> bool:
@@ -298,7 +340,11 @@ def _choice(choice: Mapping[str, Any]) -> dict[str, Any]:
 def _without_extras(value: Any) -> Any:
     """The answer without what litellm adds to OpenAI's form."""
     if isinstance(value, dict):
-        return {k: _without_extras(v) for k, v in value.items() if k != "provider_specific_fields"}
+        return {
+            k: _without_extras(v)
+            for k, v in value.items()
+            if k not in ("provider_specific_fields", "cost") and not k.startswith("vertex_ai_")
+        }
     return [_without_extras(item) for item in value] if isinstance(value, list) else value
 
 
@@ -328,8 +374,13 @@ def _failure(error: Exception) -> UpstreamError:
         return UpstreamError("connect", f"no connection to the provider ({name})")
     if "Timeout" in names or "APITimeoutError" in names:
         return UpstreamError("timeout", "the provider did not answer in time")
-    status = getattr(error, "status_code", None)
-    if isinstance(status, int) and 300 <= status <= 599 and name != "APIConnectionError":
+    answered = next(
+        (c.response.status_code for c in chain if type(c).__name__.endswith("HTTPStatusError")),  # type: ignore[attr-defined]
+        None,
+    )
+    status = answered or getattr(error, "status_code", None)
+    # Without an answer behind it a 500 is litellm's own way to say that it could not read one.
+    if isinstance(status, int) and (answered or 400 <= status < 500):
         return UpstreamError(
             "status",
             f"the provider answered {status} ({name})",

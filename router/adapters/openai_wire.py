@@ -141,6 +141,10 @@ class AiohttpReply:
             raise UpstreamError("protocol", "the answer's content-encoding is unknown or broken") from None
         except (aiohttp.ClientError, http_exceptions.HttpProcessingError, OSError):
             raise UpstreamError("cut", "the connection broke before the answer's end") from None
+        except RuntimeError as error:
+            if "closed" not in str(error):
+                raise
+            raise UpstreamError("cut", "the connection was closed on this side") from None
 
     def close(self) -> None:
         self._response.close()

@@ -301,10 +301,3 @@ async def test_many_calls_at_once_are_kept_apart(bench: Bench) -> None:
         return facts is not None and len(facts.finish_reasons) == number % 3 + 1
 
     assert all(await asyncio.gather(*(one(number) for number in range(20))))
-
-
-async def test_a_provider_without_an_address_is_an_error(bench: Bench) -> None:
-    if bench.wire == "litellm":
-        pytest.skip("litellm knows the addresses of the providers it names")
-    with pytest.raises(UpstreamError, match="base_url"):
-        await bench.upstream.send(replace(bench.call(), provider=provider(None, bench.wire)))
