@@ -36,7 +36,8 @@ providers:
   spare: {{ wire: openai, base_url: "{url}", api_key_env: KEY_NOBODY_SET }}
 models:
   small: {{ provider: sim, name: small, context: 32768, max_output: 8192, supports: [tools],
-           price: {{ input: "0.10", output: "0.40" }}, quality: {{ simple: "0.95", medium: "0.80", complex: "0.45" }} }}
+           price: {{ input: "0.10", output: "0.40" }},
+           quality: {{ simple: "0.95", medium: "0.80", complex: "0.45" }} }}
   middle: {{ provider: sim, name: middle, context: 128000, max_output: 16384, supports: [tools],
             price: {{ input: "1", output: "4" }}, quality: {{ simple: "0.97", medium: "0.93", complex: "0.75" }} }}
   frontier: {{ provider: sim, name: frontier, context: 128000, max_output: 16384, supports: [tools],

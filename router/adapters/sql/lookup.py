@@ -7,6 +7,7 @@ nowhere.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,19 @@ def find_request(engine: Engine, journals: Path, request_id: str) -> dict[str, A
 
 
 def as_json(value: object, *, indent: int | None = None) -> bytes:
-    """JSON whose money has the digits the reports print."""
-    encoded = msgspec.json.encode(value, enc_hook=_plain)
+    """JSON of nested mappings and lists whose money has the digits the reports print."""
+    encoded = msgspec.json.encode(_plain(value))
     return encoded if indent is None else msgspec.json.format(encoded, indent=indent)
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, Usd):
-        return msgspec.Raw(str(value).encode())
+    if isinstance(value, Usd | Decimal):
+        return msgspec.Raw(f"{value:f}".encode() if isinstance(value, Decimal) else str(value).encode())
     if isinstance(value, Mapping):
-        return dict(value)
-    raise NotImplementedError(type(value).__name__)
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _journalled(journals: Path, request_id: str) -> str | None:
