@@ -16,6 +16,7 @@ from router.core.lint import POLICY_FILE, PROVIDERS_FILE, Loaded
 from router.core.lint import load as load_texts
 
 POLL_SECONDS = 2.0
+SETTLE_SECONDS = 0.1
 
 _log = logging.getLogger(__name__)
 _Stamp = tuple[tuple[int, int, int], ...]
@@ -111,10 +112,25 @@ class ConfigurationWatch:
         self._on_change.append(on_change)
 
     async def run(self) -> None:
-        """Polls until cancelled."""
+        """Polls until cancelled. A file that is still being written is left until it stands still, as the first half
+        of a policy can be a policy too.
+        """
         while True:
             await asyncio.sleep(POLL_SECONDS)
+            stamp = self._look()
+            while stamp != self._stamp:
+                await asyncio.sleep(SETTLE_SECONDS)
+                before, stamp = stamp, self._look()
+                if stamp == before:
+                    self._poll_safely()
+                    break
+
+    def _poll_safely(self) -> None:
+        try:
             self.poll()
+        except Exception:
+            # A subscriber's failure must not end the watch.
+            _log.exception("a new configuration was not taken up everywhere")
 
     def poll(self) -> bool:
         """One look: True where a changed and good configuration became current."""

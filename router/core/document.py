@@ -112,7 +112,9 @@ def dotted(path: Sequence[str | int]) -> str:
         if isinstance(step, int):
             text += f"[{step}]"
         else:
-            text += f".{step}" if text else step
+            # A key is the author's text: a message stays one printable line whatever it is.
+            clean = "".join(c if c.isprintable() else "?" for c in step[:80])
+            text += f".{clean}" if text else clean
     return text
 
 
@@ -222,10 +224,15 @@ def _build(file: str, text: str, problems: list[Problem]) -> Node | None:
         if nodes > MAX_NODES:
             raise _Stop(line, column, f"more than {MAX_NODES} values", "shorten the file")
         if isinstance(event, yaml.AliasEvent):
-            raise _Stop(line, column, f"the alias *{event.anchor} is not allowed", "write the value out")
+            raise _Stop(
+                line, column, f"the alias *{str(event.anchor)[:40]} is not allowed", "write the value out"
+            )
         if event.anchor is not None:
             raise _Stop(
-                line, column, f"the anchor &{event.anchor} is not allowed", "remove it; write values out"
+                line,
+                column,
+                f"the anchor &{str(event.anchor)[:40]} is not allowed",
+                "remove it; write values out",
             )
         if getattr(event, "tag", None) not in (None, "!"):
             raise _Stop(line, column, "a YAML tag (`!...`) is not allowed", "write the plain value")

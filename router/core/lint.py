@@ -63,7 +63,7 @@ def load(
         problems += _provider_problems(providers_document, providers)
     if providers is not None and policy is not None:
         problems += _reference_problems(policy_document, providers, policy)
-        if not problems or all(problem.severity == "warning" for problem in problems):
+        if all(problem.severity == "warning" for problem in problems):
             snapshot = compile_files(providers, policy, (providers_document, policy_document), catalogue)
             advice = _Advice(providers_document, policy_document, providers, policy, snapshot, now)
             return _loaded(snapshot, [*problems, *advice.problems()], (providers_file, policy_file))

@@ -190,11 +190,14 @@ def _date(value: object) -> date:
     text = _text(value, "a date", '"2026-12-15"')
     if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
         try:
-            return date.fromisoformat(text)
+            day = date.fromisoformat(text)
         except ValueError:
             raise wrong(
                 f"{shown(text)} is not in the calendar", 'write a date such as "2026-12-15"'
             ) from None
+        if not 2000 <= day.year < 2200:
+            raise wrong(f"{shown(text)} is out of range", "write a year from 2000 to 2199")
+        return day
     remedy = 'write year-month-day, such as "2026-12-15"'
     loose = re.fullmatch(r"([0-9]{4})[-/.]([0-9]{1,2})[-/.]([0-9]{1,2})([T ].*)?", text)
     european = re.fullmatch(r"([0-9]{1,2})\.([0-9]{1,2})\.([0-9]{4})", text)
@@ -631,7 +634,9 @@ class When(Entry):
             if not key.startswith("tag.") or _FIELD.fullmatch(key[4:]) is None:
                 remedy = did_you_mean(key, ("team", "app", "time", f"tag.{key}"))
                 raise PydanticCustomError(
-                    "farthing", "{message}", {"message": f"unknown key '{key}'", "remedy": remedy, "key": key}
+                    "farthing",
+                    "{message}",
+                    {"message": f"unknown key {shown(key)}", "remedy": remedy, "key": key},
                 )
             if not values:
                 raise wrong(
@@ -802,7 +807,9 @@ def _problem(document: Document, schema: Mapping[str, Any], detail: ErrorDetails
     if kind == "list_type":
         value = detail.get("input")
         if isinstance(value, str) and value:
-            return document.problem(path, f"expected a list, found {shown(value)}", f"write [{value[:60]}]")
+            return document.problem(
+                path, f"expected a list, found {shown(value)}", f"write [{shown(value)[1:-1]}]"
+            )
         return document.problem(path, "expected a list", "write values in brackets, such as [a, b]")
     return document.problem(path, detail["msg"], "see policies/policy.schema.json for what goes here")
 

@@ -144,6 +144,11 @@ VARIANTS: tuple[Variant, ...] = (
         "exceptions[0].until", "not a date", 'write "2026-12-15"',
     ),
     Variant(
+        "date before anything", POLICY, "contracts: []",
+        'contracts: [{ provider: openai, discount: 5%, from: "0001-01-01", reference: R }]', '"0001-01-01"',
+        "contracts[0].from", "out of range", "a year from 2000",
+    ),
+    Variant(
         "exception without end", POLICY, "exceptions: []",
         "exceptions: [{ name: a, team: search, reason: b, budget: { month: 1 } }]", "{ name: a",
         "exceptions[0].until", "'until' is missing", "add until",

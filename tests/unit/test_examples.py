@@ -122,7 +122,7 @@ def test_allow_list_per_data_tag() -> None:
     assert set(found) == set(CALLERS)
     for changed in found.values():
         assert changed["allow"] == ["small-local"]
-        assert changed["excluded"]["frontier"] == "not in rule 'pii stays local''s allow"
+        assert changed["excluded"]["frontier"] == "not allowed by rule 'pii stays local'"
         assert changed["cache"]["semantic"] == "never" if "cache" in changed else True
     other = changes("05-allow-list-per-data-tag", data="public")
     assert all(set(changed) == {"tags"} for changed in other.values())

@@ -57,16 +57,16 @@ rules:
     )
     team, app = found.resolve("t", None, {}, NOW), found.resolve("t", "x", {}, NOW)
     assert team.allow == ("a", "b", "c")
-    assert team.excluded == {"d": "not in team t's allow"}
+    assert team.excluded == {"d": "not allowed by team t"}
     assert app.allow == ("a",)
     assert app.excluded == {
-        "d": "not in team t's allow",
-        "c": "not in app t/x's allow",
+        "d": "not allowed by team t",
+        "c": "not allowed by app t/x",
         "b": "denied by app t/x",
     }
     tagged = found.resolve("t", "x", {"data": frozenset({"pii", "more"})}, NOW)
     assert tagged.allow == ()
-    assert tagged.excluded["a"] == "not in rule 'pii''s allow"
+    assert tagged.excluded["a"] == "not allowed by rule 'pii'"
     assert tagged.rules == ("pii",)
 
 

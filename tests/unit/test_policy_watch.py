@@ -158,6 +158,57 @@ def test_a_gateway_does_not_start_with_a_broken_file(directory: Path) -> None:
         ConfigurationWatch(directory, CATALOGUE)
 
 
+async def test_a_file_is_not_loaded_while_it_is_being_written(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configuration, "POLL_SECONDS", 0.01)
+    watch = ConfigurationWatch(directory, CATALOGUE)
+    seen: list[tuple[str, ...]] = []
+    whole = asyncio.Event()
+
+    def told(snapshot: CompiledSnapshot) -> None:
+        seen.append(tuple(rule.name for rule in snapshot.policy.rules))
+        whole.set()
+
+    watch.subscribe(told)
+    task = asyncio.create_task(watch.run())
+    path = directory / "policy.yaml"
+    text = path.read_text(encoding="utf-8").replace("substitute: false", "substitute: true")
+    # Everything before the rules is a valid policy, and a more permissive one.
+    head, rest = text.split("\nrules:", 1)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(head + "\n")
+        for line in ("rules:" + rest).splitlines(keepends=True):
+            file.flush()
+            await asyncio.sleep(0.02)
+            file.write(line)
+    await asyncio.wait_for(whole.wait(), 5)
+    task.cancel()
+    assert seen == [("pii stays local", "nights and weekends may be slower")]
+
+
+async def test_a_failing_subscriber_does_not_end_the_watch(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configuration, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(configuration, "SETTLE_SECONDS", 0.01)
+    watch = ConfigurationWatch(directory, CATALOGUE)
+    calls: asyncio.Queue[CompiledSnapshot] = asyncio.Queue()
+
+    def failing(snapshot: CompiledSnapshot) -> None:
+        calls.put_nowait(snapshot)
+        raise RuntimeError("no room")
+
+    watch.subscribe(failing)
+    task = asyncio.create_task(watch.run())
+    edit(directory, "substitute: false", "substitute: true")
+    await asyncio.wait_for(calls.get(), 5)
+    edit(directory, "substitute: true", "substitute: false")
+    await asyncio.wait_for(calls.get(), 5)
+    assert not task.done()
+    task.cancel()
+
+
 async def test_run_polls_until_it_is_cancelled(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert configuration.POLL_SECONDS == 2.0
     monkeypatch.setattr(configuration, "POLL_SECONDS", 0.01)
