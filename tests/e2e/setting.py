@@ -1,0 +1,83 @@
+"""The configuration most end-to-end tests run on."""
+
+from __future__ import annotations
+
+from tests.e2e.gateway import providers_yaml
+
+MODELS = ("small:typical=12", "middle:typical=12", "frontier:typical=12", "slow:tps=20,typical=200")
+FAULTS = (
+    "400",
+    "401",
+    "402",
+    "403",
+    "429",
+    "500",
+    "stall",
+    "stall_after_headers",
+    "silence",
+    "cut",
+    "reset",
+    "disconnect",
+    "error_first",
+    "error_midstream",
+    "no_usage",
+    "redirect",
+    "not_json",
+)
+PRICES = {"small": ("0.10", "0.40"), "middle": ("1", "4"), "frontier": ("5", "20")}
+_QUALITY = {
+    "small": ("0.95", "0.80", "0.45"),
+    "middle": ("0.97", "0.93", "0.75"),
+    "frontier": ("0.99", "0.97", "0.94"),
+}
+_TIMEOUTS = "timeouts: { connect: 1s, first_token: 1s, idle: 1s, total: 20s }"
+_SIZE = "context: 128000, max_output: 16384, supports: [tools, json_schema, vision]"
+
+
+def model(name: str, provider: str = "sim") -> str:
+    """`name` as in PRICES, with its price and quality."""
+    bought, sold = PRICES[name]
+    simple, medium, complex_ = _QUALITY[name]
+    return (
+        f'{{ provider: {provider}, name: {name}, {_SIZE}, price: {{ input: "{bought}", output: "{sold}" }}, '
+        f'quality: {{ simple: "{simple}", medium: "{medium}", complex: "{complex_}" }} }}'
+    )
+
+
+def providers(url: str) -> str:
+    """Three good models, one slow one, and one for each fault, at a provider of its own each."""
+    named = {"sim": f'{{ wire: openai, base_url: "{url}" }}'}
+    models = {name: model(name) for name in PRICES}
+    models["slow"] = f'{{ provider: sim, name: slow, {_SIZE}, price: {{ input: "1", output: "4" }} }}'
+    for fault in FAULTS:
+        name = f"bad-{fault.replace('_', '-')}"
+        named[name] = f'{{ wire: openai, base_url: "{url}", {_TIMEOUTS} }}'
+        models[name] = f'{{ provider: {name}, name: {name}, {_SIZE}, price: {{ input: "1", output: "4" }} }}'
+    return providers_yaml(models, named)
+
+
+def policy(defaults: str = "", teams: str = "", more: str = "") -> str:
+    """`defaults` continues the mapping of that name; `teams` and `more` are whole lines."""
+    bad = ", ".join(f"bad-{fault.replace('_', '-')}" for fault in FAULTS)
+    return f"""\
+apiVersion: farthing/v1
+currency: USD
+baseline: frontier
+aliases: {{ gpt-4o: middle }}
+classes:
+  simple:  {{ min_quality: 0.90 }}
+  medium:  {{ min_quality: 0.90 }}
+  complex: {{ min_quality: 0.90 }}
+defaults:
+  allow: [small, middle, frontier, slow, {bad}]
+  fallback: [middle]
+{defaults}
+teams:
+  search: {{ cost_center: "4711" }}
+  solo: {{ fallback: [] }}
+  swap: {{ substitute: true }}
+{teams}
+rules:
+  - {{ name: pii stays, when: {{ tag.data: [pii] }}, then: {{ allow: [frontier] }} }}
+{more}
+"""
