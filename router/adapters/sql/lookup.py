@@ -226,7 +226,7 @@ def _described(
     }
 
 
-_REASONS: Mapping[str, str] = {
+REASONS: Mapping[str, str] = {
     "named": "the app asked for it by name",
     "cheapest": "the cheapest model that meets the class's quality and latency",
     "best": "nothing meets the class; the best of what is left",
@@ -235,14 +235,15 @@ _REASONS: Mapping[str, str] = {
     "exact": "the same request was answered before",
     "semantic": "a request that means the same was answered before",
 }
+"""Each reason of a decision, in words."""
 
 
 def _why(row: RowMapping, tried: int) -> str:
     if row["served_model"] is None:
         return "no model answered"
     if row["cache"] != "miss":
-        return _REASONS.get(row["cache"], "from a cache")
-    reason: str = _REASONS.get(row["decision"], row["decision"] or "not recorded: its gateway died")
+        return REASONS.get(row["cache"], "from a cache")
+    reason: str = REASONS.get(row["decision"], row["decision"] or "not recorded: its gateway died")
     return reason if tried < 2 else f"{reason}; attempt {tried}, as the ones before failed"
 
 
