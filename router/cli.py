@@ -349,9 +349,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--once", action="store_true", help="end after the report")
     demo.add_argument("--port", type=int, default=8400)
-    demo.add_argument("--requests", type=_count, default=200)
+    demo.add_argument("--requests", type=_count, help="default: 200, with a local model 20")
     demo.add_argument("--local-url", help="an OpenAI-compatible endpoint of a real local model")
-    demo.add_argument("--local-model", help="its name there")
+    demo.add_argument("--local-model", help="its name there (both together)")
 
     simulate = add(commands, "simulate", _simulate, "Serve simulated models on the OpenAI wire")
     simulate.add_argument("--host", default="127.0.0.1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -149,3 +149,14 @@ def without_password(url: str) -> str:
     host = parts.hostname or ""
     port = f":{parts.port}" if parts.port else ""
     return f"{parts.scheme}://{host}{port}{parts.path}"
+
+
+def demo_environment(data: Path) -> dict[str, str]:
+    """The process's environment without Farthing's own variables: the demo keeps to its own folder `data`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FARTHING_")}
+    return {**kept, "FARTHING_DATA_DIR": str(data)}
+
+
+def found_keys(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the variables `names` that are set and not empty; never their values."""
+    return tuple(name for name in names if os.environ.get(name, "").strip())

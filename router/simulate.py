@@ -22,8 +22,10 @@ import itertools
 import json
 import random
 import re
+import signal
 import socket
 import struct
+import sys
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -1116,3 +1118,42 @@ async def serve(app: Simulator, host: str = "127.0.0.1", port: int = 0) -> Runni
     running = Running(app, _Server(config), listener)
     await running.started()
     return running
+
+
+DEFAULT_MODELS = (
+    "small:first_token=150ms,jitter=0.3,tps=180,typical=80,input_price=0.10,output_price=0.40",
+    "middle:first_token=350ms,jitter=0.3,tps=110,typical=140,input_price=1,output_price=4",
+    "frontier:first_token=900ms,jitter=0.3,tps=70,typical=220,input_price=5,output_price=20",
+)
+
+
+def main(host: str, port: int, models: Sequence[str], log: str | None) -> int:
+    """`farthing simulate`: serves `models` (as `parse_model` reads them) until SIGTERM or SIGINT; the exit status."""
+    try:
+        app = application(
+            [parse_model(text) for text in models or DEFAULT_MODELS], log_file=Path(log) if log else None
+        )
+    except (ValueError, OSError) as error:
+        print(f"farthing: simulate: {error}", file=sys.stderr)
+        return 2
+    try:
+        asyncio.run(_until_ended(app, host, port))
+    except OSError as error:
+        print(
+            f"farthing: --port: {host}:{port} cannot be listened on ({error.strerror}). "
+            "Name another port, or free it.",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
+
+
+async def _until_ended(app: Simulator, host: str, port: int) -> None:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    running = await serve(app, host, port)
+    print(f"Simulated models {', '.join(app.models)} at {running.url}", flush=True)
+    await ended.wait()
+    await running.close()
