@@ -80,6 +80,8 @@ class Pipeline:
                 flight = self._join_or_lead(exchange, key)
                 subscription = flight.subscribe()
                 head = await subscription.head()
+            if flight.leader is not exchange:
+                self.settle.open(exchange)
             yield await self._live(exchange, subscription, head)
         except BaseException as error:
             if flight.leader is not exchange:

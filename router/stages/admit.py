@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from hashlib import sha256
 
-from router.core.errors import InvalidRequest, NotAuthenticated, Overloaded
+from router.core.errors import InvalidRequest, NotAuthenticated, Overloaded, UnavailableError
 from router.core.ports import KeyDirectory
 from router.core.types import NANO_PER_USD, Caller, NanoUSD
 
@@ -63,7 +63,12 @@ class Admission:
         key = _bearer(authorization)
         if key is not None:
             hashed = key_hash(self._secret, key)
-            found = self._keys.find(hashed) or await self._keys.find_new(hashed)
+            try:
+                found = self._keys.find(hashed) or await self._keys.find_new(hashed)
+            except UnavailableError:
+                raise Overloaded(
+                    "The gateway cannot check this key right now: its database is away. Try again.", retry_after=5
+                ) from None
             if found is not None:
                 return found
         if self._open_team is not None and loopback:
