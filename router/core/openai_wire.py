@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from router.core.sse import MAX_FRAME, FrameSplitter, data_of, event_of
+from router.core.sse import MAX_FRAME, FrameSplitter, data_of, event_of, is_comment
 from router.core.types import Usage
 
 MAX_TOKENS_REPORTED = 10**9
@@ -190,7 +190,7 @@ class StreamTap:
         if not rest.strip():
             return []
         data = data_of(rest)
-        if data is not None and data.strip() != b"[DONE]" and _object(data) is None:
+        if data is None or (data.strip() != b"[DONE]" and _object(data) is None):
             self.truncated = True
             return []
         frame = rest.rstrip(b"\r\n") + b"\n\n"
@@ -208,7 +208,9 @@ class StreamTap:
             return True
         data = data_of(frame)
         if data is None:
-            return True
+            # A comment keeps connections open. Anything else without data says nothing to a conforming client,
+            # or is no event stream at all (a web page, a JSON answer).
+            return is_comment(frame)
         if data.strip() == b"[DONE]":
             self.first_data_seen = True
             self.done = True
@@ -225,8 +227,7 @@ class StreamTap:
         self._read_choices(choices)
         usage = payload.get("usage")
         if isinstance(usage, dict) and usage:
-            self.usage_raw = usage
-            self.usage, self.usage_contradicts = read_usage(usage)
+            self._take_usage(usage)
             if not choices and not self._client_wants_usage:
                 return False
         if choices:
@@ -246,6 +247,13 @@ class StreamTap:
             reason = choice.get("finish_reason")
             if isinstance(reason, str) and reason:
                 self._finished[index] = reason
+            usage = choice.get("usage")  # Moonshot's place for it
+            if isinstance(usage, dict) and usage:
+                self._take_usage(usage)
+
+    def _take_usage(self, usage: Mapping[str, Any]) -> None:
+        self.usage_raw = usage
+        self.usage, self.usage_contradicts = read_usage(usage)
 
     def _count_output(self, frame: bytes, start: int) -> None:
         characters = 0
@@ -283,17 +291,21 @@ def _worth_parsing(frame: bytes) -> bool:
     strings are escaped, so `"usage"` is a key or a whole value, never a piece of an answer.
     """
     return (
-        _more_than_null(frame, b'"finish_reason"')
+        _other_than(frame, b'"finish_reason"', b"null")
+        or _other_than(frame, b'"usage"', b"null")
+        or _other_than(frame, b'"index"', b"0")
         or b'"error"' in frame
         or b"event:" in frame
-        or _more_than_null(frame, b'"usage"')
-        or frame.count(b'"index"') != frame.count(b'"index":0') + frame.count(b'"index": 0')
     )
 
 
-def _more_than_null(frame: bytes, key: bytes) -> bool:
+def _other_than(frame: bytes, key: bytes, value: bytes) -> bool:
     keys = frame.count(key)
-    return keys != 0 and keys != frame.count(key + b":null") + frame.count(key + b": null")
+    return (
+        keys != 0
+        and keys != frame.count(b"%b:%b" % (key, value))
+        and keys != frame.count(b"%b: %b" % (key, value))
+    )
 
 
 def _unescaped(piece: bytes) -> bytes:
@@ -326,8 +338,11 @@ def _is_error(payload: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class AnswerFacts:
-    """What a JSON answer says. `complete`: no error, and every choice has ended with a reason."""
+    """What a JSON answer says. `complete`: no error, and every choice has ended with a reason. `error`: it is an
+    error object, whatever its status was.
+    """
 
+    error: bool
     usage: Usage | None
     usage_raw: Mapping[str, Any] | None
     usage_contradicts: bool
@@ -357,13 +372,14 @@ def complete_answer(body: bytes) -> AnswerFacts | None:
         reason = choice.get("finish_reason")
         reasons.append(reason if isinstance(reason, str) and reason else None)
         characters += _characters(choice)
+    error = _is_error(payload)
     return AnswerFacts(
+        error=error,
         usage=usage,
         usage_raw=usage_raw,
         usage_contradicts=contradicts,
         finish_reasons=tuple(reasons),
-        complete=not _is_error(payload)
-        and (bool(reasons) and None not in reasons if "choices" in payload else True),
+        complete=not error and (bool(reasons) and None not in reasons if "choices" in payload else True),
         output_characters=characters,
     )
 

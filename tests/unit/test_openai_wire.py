@@ -257,7 +257,7 @@ def test_an_error_in_the_middle_ends_the_stream(event: bytes) -> None:
 
 def test_comments_pass_and_are_no_data() -> None:
     tap, out = run([b": OPENROUTER PROCESSING\n\n", b"data:\n\n", b"event: ping\n\n"])
-    assert out == b": OPENROUTER PROCESSING\n\nevent: ping\n\n"
+    assert out == b": OPENROUTER PROCESSING\n\n"
     assert not tap.first_data_seen
 
 
@@ -273,6 +273,19 @@ def test_half_an_event_at_the_end_is_held_back() -> None:
     tap, out = run([STREAM[1], STREAM[3], STREAM[4][:-9]])
     assert out == STREAM[1] + STREAM[3]
     assert (tap.truncated, tap.complete) == (True, False)
+
+
+@pytest.mark.parametrize("body", [b"<html>\n\n<p>Hi</p>\n\n</html>", b'{"choices":[]}', b'{"a":\n\n1}'])
+def test_what_is_no_event_stream_gives_nothing(body: bytes) -> None:
+    tap, out = run([body])
+    assert out == b""
+    assert (tap.first_data_seen, tap.truncated, tap.complete) == (False, True, False)
+
+
+def test_usage_inside_a_choice_is_read() -> None:
+    choice = {"index": 0, "delta": {}, "finish_reason": "stop", "usage": USAGE}
+    tap, _ = run([frame({"choices": [choice]})])
+    assert (tap.usage, tap.complete) == (Usage(input=10, output=4), True)
 
 
 def test_legacy_completions() -> None:
@@ -325,6 +338,7 @@ def test_an_answer_without_an_end_is_not_complete(broken: dict[str, Any]) -> Non
     facts = complete_answer(json.dumps(answer(**broken)).encode())
     assert facts is not None
     assert not facts.complete
+    assert facts.error is ("error" in broken)
 
 
 # ---- one form as the other ----
