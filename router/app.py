@@ -23,6 +23,7 @@ from router.adapters.redis_store.caches import RedisCacheStore
 from router.adapters.redis_store.connection import RedisConnection, connect
 from router.adapters.sql.database import migrate, open_engine, schema_problem
 from router.adapters.sql.keys import SqlKeyDirectory
+from router.adapters.sql.policies import PolicyVersion, record_policy
 from router.adapters.sql.spend import SqlSpendSource
 from router.adapters.sql.writer import LedgerWriter
 from router.adapters.system import RequestIdentifiers, SystemClock
@@ -149,6 +150,8 @@ class Gateway:
             ) from None
         self._writer.start()
         await asyncio.to_thread(self._keys.refresh)
+        await asyncio.to_thread(self._record_policy)
+        self.watch.subscribe(self._record_later)
         self._keys.start()
         if self._redis is not None and not await self._redis.ping():
             log.warning(
@@ -234,6 +237,18 @@ class Gateway:
         self._provider_keys.clear()
         self._provider_keys.update(keys)
         self._health.unusable = unusable
+
+    def _record_later(self, _: Snapshot) -> None:
+        asyncio.get_running_loop().run_in_executor(None, self._record_policy)
+
+    def _record_policy(self) -> None:
+        """Keeps the pair in force, so that a ledger row's policy hash can be read years later."""
+        providers, policy = self.watch.texts
+        version = PolicyVersion(self.watch.current.hash, self._clock.now(), providers, policy)
+        try:
+            record_policy(self._engine, version)
+        except UnavailableError as error:
+            log.warning("policy %s is not in the history: %s", version.hash, error)
 
     async def _watch_budgets(self) -> None:
         """Keeps the spent share of each budget for metrics, and warns once when a `warn_at` is passed."""

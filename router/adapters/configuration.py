@@ -103,9 +103,16 @@ class ConfigurationWatch:
         loaded = _lint(contents, catalogue, now())
         self._contents: _Contents | None = contents
         self.current: CompiledSnapshot = _accepted(loaded)
+        self._taken: _Contents = contents
         self.warnings: Sequence[Problem] = loaded.warnings
         self.last_error: str | None = None
         self.loaded_at: datetime = now()
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """providers.yaml and policy.yaml as the current snapshot was read from them."""
+        providers, policy = self._taken
+        return providers.decode("utf-8"), policy.decode("utf-8")
 
     def subscribe(self, on_change: Callable[[CompiledSnapshot], None]) -> None:
         """`on_change` is called with every new snapshot, after it has become current."""
@@ -162,7 +169,7 @@ class ConfigurationWatch:
         self.warnings, self.last_error, self.loaded_at = loaded.warnings, None, self._now()
         if snapshot.hash == self.current.hash:
             return False
-        self.current = snapshot
+        self.current, self._taken = snapshot, contents
         _log.info("configuration %s is active", snapshot.hash)
         for tell in self._on_change:
             tell(snapshot)

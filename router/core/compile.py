@@ -97,7 +97,10 @@ class CompiledSnapshot:
             {name: _provider(name, entry) for name, entry in providers.providers.items()}
         )
         self.models: Mapping[str, ModelSpec] = MappingProxyType(
-            {name: _model(name, entry, catalogue) for name, entry in providers.models.items()}
+            {
+                name: _model(name, entry, self.providers[entry.provider], catalogue)
+                for name, entry in providers.models.items()
+            }
         )
         self.aliases: Mapping[str, str] = MappingProxyType(dict(policy.aliases))
         self.unknown_model: str = policy.unknown_model
@@ -324,7 +327,7 @@ def _provider(name: str, entry: ProviderEntry) -> ProviderSpec:
     )
 
 
-def _model(name: str, entry: ModelEntry, catalogue: Catalogue) -> ModelSpec:
+def _model(name: str, entry: ModelEntry, provider: ProviderSpec, catalogue: Catalogue) -> ModelSpec:
     upstream = entry.name or name
     quality: Mapping[str, Decimal] | None = None
     if isinstance(entry.quality, QualityEntry):
@@ -339,7 +342,8 @@ def _model(name: str, entry: ModelEntry, catalogue: Catalogue) -> ModelSpec:
         context=entry.context,
         max_output=min(entry.max_output or entry.context, entry.context),
         supports=frozenset(entry.supports),
-        rejects=frozenset(entry.rejects),
+        # A provider's denied fields (another way to name models or routes) are refused like a model's own.
+        rejects=frozenset(entry.rejects) | provider.deny_fields,
         rename=MappingProxyType(dict(entry.rename)),
         expect_first_token=entry.expect.first_token,
         expect_tokens_per_second=None if rate is None else float(rate),

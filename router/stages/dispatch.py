@@ -165,6 +165,7 @@ class Dispatch:
             exchange.request.stream,
             exchange.id,
         )
+        flight.drain = provider.drain
         self._journal.attempt(record)
         self._health.trying(provider.name, name, trial.started)
         reply: UpstreamReply | None = None
