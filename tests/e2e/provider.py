@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import subprocess
 import sys
 from collections import deque
@@ -51,6 +52,7 @@ class _Recorder(Simulator):
 
 
 async def _main(models: list[str]) -> None:
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # a client that left is no news here
     plain = application([parse_model(text) for text in models])
     recorder = _Recorder(plain.models)
     recorder.bodies = deque(maxlen=KEPT_BODIES)
