@@ -462,6 +462,8 @@ class Simulator:
                 raise _Refusal(404, f"Invalid URL ({scope['method']} {path})", None)
         except _Refusal as refusal:
             await _answer(send, refusal.status, refusal.body, headers=refusal.headers)
+        except _ClientLeft:
+            return
 
     # -- the simulator's own pages --
 
