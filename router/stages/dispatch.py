@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from router.core.errors import (
     ContextExceeded,
+    InvalidRequest,
     RateLimited,
     RequestError,
     UpstreamError,
@@ -185,7 +186,7 @@ class Dispatch:
             error = UpstreamError("timeout", f"{provider.name} did not answer in time")
             self._failed(exchange, flight, trial, error)
         except (UpstreamError, RequestError) as raised:
-            self._failed(exchange, flight, trial, raised)
+            self._failed(exchange, flight, trial, _as_rejection(raised))
         except BaseException:
             self._health.abandoned(provider.name, name)
             self._book(exchange, trial, "cancelled", "client left")
@@ -427,6 +428,16 @@ def body_for(exchange: Exchange, model: ModelSpec, provider: ProviderSpec) -> by
         options = request.body.get("stream_options")
         changes["stream_options"] = {**(options or {}), "include_usage": True}
     return edit(request.text, request.spans, changes, model.rename)
+
+
+def _as_rejection(error: UpstreamError | RequestError) -> UpstreamError | RequestError:
+    """A wire that raises for a status says only the number of it: a fault of the request stays the request's."""
+    if isinstance(error, UpstreamError) and error.kind == "status" and error.status in _REQUEST_FAULTS:
+        return InvalidRequest(
+            f"The provider refused this request with status {error.status}: {error.detail}",
+            code="rejected_by_provider",
+        )
+    return error
 
 
 def _may_pass(error: UpstreamError) -> bool:
