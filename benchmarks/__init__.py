@@ -1,0 +1,1 @@
+"""Speed and size of the gateway beside a direct call, nginx and, where installed, litellm's proxy."""
