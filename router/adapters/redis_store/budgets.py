@@ -15,7 +15,9 @@ so that what other workers settled just before is in the reading; until then eac
 were away. Then each worker puts its own holds in flight back.
 
 **Redis away.** Of each window's last reading this worker may spend (cap - spent - held) / workers. Holds
-granted that way are put into Redis, and settlements delivered, before the breaker closes.
+granted that way are put into Redis, and settlements delivered, before the breaker closes. Until trials have
+confirmed the outage (half a second) Redis may be silent to this worker alone, while the others spend what is
+left: for that moment a window near its cap is refused.
 """
 
 from __future__ import annotations
@@ -41,7 +43,11 @@ logger = logging.getLogger(__name__)
 _TAG = "{farthing:budget}"
 _SEED_TIMEOUT = 5.0
 _LATE_MS = 30_000
-_BATCH = 16
+_BATCH = 64
+# A window is near its cap when less than half is left.
+_NEAR = 2
+_REFRESH_EVERY = 1.0
+_REFRESHED = 100
 _NEVER_READ = "a budget cannot be read: Redis or the ledger is away, and this worker has not read it before"
 
 
@@ -114,7 +120,8 @@ class RedisBudgetStore:
         self._hold_ttl_ms = int(hold_ttl * 1000)
         self._ledger_lag = ledger_lag
         self._max_pending = max_pending
-        self._last: dict[BudgetWindow, _Last] = {}
+        # The one read longest ago comes first.
+        self._last: OrderedDict[BudgetWindow, _Last] = OrderedDict()
         # In order of expiry: the time to live is one constant, and a renewed hold moves to the end.
         self._live: OrderedDict[str, _Hold] = OrderedDict()
         self._pending: deque[_Settlement] = deque()
@@ -122,6 +129,7 @@ class RedisBudgetStore:
         self._seeding: dict[BudgetWindow, asyncio.Task[None]] = {}
         self._restoring: set[asyncio.Task[None]] = set()
         self._delivering: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
         connection.on_recovery(self._recover)
 
     @property
@@ -137,6 +145,8 @@ class RedisBudgetStore:
             raise ValueError("a reservation holds a negative amount")
         if not charges:
             return Granted(())
+        if self._refreshing is None:
+            self._refreshing = asyncio.get_running_loop().create_task(self._refresh())
         windows = tuple(charge.window for charge in charges)
         if not self._connection.up:
             return self._reserve_alone(hold_id, charges, amount)
@@ -179,6 +189,8 @@ class RedisBudgetStore:
     async def close(self) -> None:
         """Delivers what is still to be settled, for at most two seconds; the ledger has all of it."""
         tasks = [*self._seeding.values(), *self._restoring]
+        if self._refreshing is not None:
+            tasks.append(self._refreshing)
         try:
             async with asyncio.timeout(2.0):
                 while self._pending and self._connection.up:
@@ -238,11 +250,25 @@ class RedisBudgetStore:
             # A reply that was on its way when the breaker opened does not know what was used since.
             alone = last.alone if last is not None and not self._connection.up else 0
             self._last[window] = _Last(int(spent), int(used) - int(spent), born, alone)
+            self._last.move_to_end(window)
         if reborn:
             task = asyncio.get_running_loop().create_task(self._restore_soon(reborn))
             self._restoring.add(task)
             task.add_done_callback(self._restoring.discard)
         return missing
+
+    async def _refresh(self) -> None:
+        """Keeps the readings young of windows that only other workers use: should Redis go away, this worker's
+        share is a part of what is left then. Also finds out that a window was seeded anew.
+        """
+        while True:
+            await asyncio.sleep(_REFRESH_EVERY)
+            windows = list(islice(self._last, _REFRESHED))
+            if self._connection.up and windows:
+                keys = [key for window in windows for key in (_window_key(window), _expiry_key(window))]
+                with contextlib.suppress(UnavailableError):
+                    for window in self._note(windows, await self._connection.run(READ, keys, ())):
+                        self._last.move_to_end(window)
 
     def _reading(self, window: BudgetWindow) -> BudgetReading:
         last = self._last[window]
@@ -342,42 +368,30 @@ class RedisBudgetStore:
             self._overflown.discard(window)
         while self._pending:
             batch = list(islice(self._pending, _BATCH))
-            outcomes = await asyncio.gather(
-                *(self._settle_now(settlement, trial) for settlement in batch), return_exceptions=True
-            )
+            try:
+                await self._settle_now(batch, trial)
+            except UnavailableError:
+                if trial:
+                    raise
+                return
             for _ in batch:
                 self._pending.popleft()
-            failed = [
-                settlement
-                for settlement, outcome in zip(batch, outcomes, strict=True)
-                if isinstance(outcome, BaseException)
-            ]
-            self._pending.extendleft(reversed(failed))
-            if failed:
-                if trial:
-                    raise UnavailableError("Redis is away")
-                return
 
-    async def _settle_now(self, settlement: _Settlement, trial: bool) -> None:
-        if settlement.cost is None and settlement.hold_id in self._live:
-            return
-        keys = [_marker_key(settlement.hold_id)]
-        for window in settlement.windows:
-            keys += (_window_key(window), _expiry_key(window), _late_key(window))
-        values = await self._connection.run(
-            SETTLE,
-            keys,
-            (
-                settlement.hold_id,
-                "" if settlement.cost is None else settlement.cost,
-                self._hold_ttl_ms,
-                int((self._clock.monotonic() - settlement.at) * 1000),
-                int(self._ledger_lag * 1000),
-                _LATE_MS,
-            ),
-            trial=trial,
-        )
-        self._note(settlement.windows, values)
+    async def _settle_now(self, batch: Sequence[_Settlement], trial: bool) -> None:
+        keys: list[str] = []
+        arguments: list[str | int] = [self._hold_ttl_ms, int(self._ledger_lag * 1000), _LATE_MS]
+        now = self._clock.monotonic()
+        for due in batch:
+            if due.cost is None and due.hold_id in self._live:
+                # The reservation was tried again, and the request goes on.
+                continue
+            keys.append(_marker_key(due.hold_id))
+            for window in due.windows:
+                keys += (_window_key(window), _expiry_key(window), _late_key(window))
+            cost = "" if due.cost is None else due.cost
+            arguments += (due.hold_id, cost, int((now - due.at) * 1000), len(due.windows))
+        if keys:
+            await self._connection.run(SETTLE, keys, arguments, trial=trial)
 
     async def _recover(self) -> None:
         """After an outage, before any reservation: settlements first, then the holds granted alone."""
@@ -401,7 +415,11 @@ class RedisBudgetStore:
             last = self._last.get(charge.window)
             if last is None:
                 raise UnavailableError(_NEVER_READ)
-            if last.alone + amount > max(0, charge.cap - last.spent - last.held) // self._workers:
+            left = max(0, charge.cap - last.spent - last.held)
+            share = left // self._workers
+            if self._connection.suspected and left * _NEAR < charge.cap:
+                share = 0
+            if last.alone + amount > share:
                 return self._denied(charge, amount)
         hold = self._hold(hold_id)
         for charge in charges:

@@ -1,8 +1,8 @@
 """One worker's access to Redis: every operation bounded in time, and a breaker that both stores share.
 
 The first operation that fails opens the breaker. From then on operations are refused at once, and a
-background task tries Redis every second. When the trial succeeds, the stores first deliver what they owe
-(`on_recovery`), then the breaker closes: no request ever pays for a trial.
+background task tries Redis: thrice in the first half second, then every second. When a trial succeeds, the
+stores first deliver what they owe (`on_recovery`), then the breaker closes: no request ever pays for a trial.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from router.core.errors import ConfigurationError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
+# Failed trials after which a silence is taken for an outage.
+_CONFIRMED = 3
 _CLUSTER_SCHEMES = {"redis+cluster://": "redis://", "rediss+cluster://": "rediss://"}
 
 
@@ -45,23 +47,28 @@ class Script:
 
 
 class _Deadline:
-    """Ends a scope after `seconds`, and only if the event loop had every chance to read an answer.
+    """Ends a scope after `seconds` in which this process was running and could have read an answer.
 
-    A busy loop sees its timers late: the answer may lie in the socket's buffer while the clock says that
-    time is up. So the loop goes round a few more times (microseconds when it is idle) before Redis is blamed.
+    A busy event loop, or a process the machine does not let run, sees its timers late; the answer may then
+    lie in the socket's buffer, or Redis may not have been let run either. So time is counted in ticks, a late
+    tick counts once, and the loop goes round twice more before Redis is blamed.
     """
 
-    _ROUNDS = 10
+    _TICKS = 5
+    _ROUNDS = 2
 
     def __init__(self, scope: asyncio.Timeout, seconds: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._scope = scope
-        self._left = self._ROUNDS
-        self._handle: asyncio.Handle = self._loop.call_later(seconds, self._due)
+        self._tick = seconds / self._TICKS
+        self._left = self._TICKS + self._ROUNDS
+        self._handle: asyncio.Handle = self._loop.call_later(self._tick, self._due)
 
     def _due(self) -> None:
-        if self._left:
-            self._left -= 1
+        self._left -= 1
+        if self._left > self._ROUNDS:
+            self._handle = self._loop.call_later(self._tick, self._due)
+        elif self._left:
             self._handle = self._loop.call_soon(self._due)
         else:
             self._scope.reschedule(self._loop.time())
@@ -87,6 +94,7 @@ class RedisConnection:
         # Waiting for a free connection is this worker's own load and does not count against Redis.
         self._free = asyncio.Semaphore(connections)
         self._up = True
+        self._suspected = False
         self._failures = 0
         self._last_error = ""
         self._recovery: list[Callable[[], Awaitable[None]]] = []
@@ -96,6 +104,11 @@ class RedisConnection:
     @property
     def up(self) -> bool:
         return self._up
+
+    @property
+    def suspected(self) -> bool:
+        """Redis was silent just now, which may be a stall of this worker alone: trials have not confirmed it."""
+        return self._suspected
 
     def status(self) -> RedisStatus:
         return RedisStatus(self._up, self._failures, self._last_error)
@@ -160,18 +173,23 @@ class RedisConnection:
         self._last_error = f"{type(error).__name__}: {error}"[:200]
         if self._up:
             self._up = False
+            self._suspected = isinstance(error, TimeoutError)
             self._failures += 1
             logger.warning("redis is away, going on without it (%s)", self._last_error)
             self._trials = asyncio.get_running_loop().create_task(self._try_again())
 
     async def _try_again(self) -> None:
+        failed = 0
         while not self._closed:
-            await asyncio.sleep(self._retry_every)
+            # The first trials come early: a short stall is over by then.
+            await asyncio.sleep(self._retry_every / (1 if failed >= _CONFIRMED else 10))
             try:
                 if isinstance(self._client, Redis):
                     # Whatever still hangs in a connection of before must not be taken for a new answer.
                     await self._client.connection_pool.disconnect(inuse_connections=False)
                 if not await self.ping():
+                    failed += 1
+                    self._suspected = self._suspected and failed < _CONFIRMED
                     continue
                 for deliver in self._recovery:
                     await deliver()
@@ -180,7 +198,7 @@ class RedisConnection:
             except Exception:
                 logger.exception("trying Redis again failed")
                 continue
-            self._up = True
+            self._up, self._suspected = True, False
             logger.warning("redis is back")
             return
 

@@ -75,39 +75,37 @@ return reply
 """
 )
 
-# KEYS: marker of the hold, then window, expiry, late for each window. ARGV: hold id, cost ('' only releases),
-# marker's ttl ms, age of the settlement ms, the ledger's lag ms, late's ttl ms.
+# Any number of settlements. KEYS for each: marker of the hold, then window, expiry, late for each window. ARGV:
+# marker's ttl ms, the ledger's lag ms, late's ttl ms, then for each: hold id, cost ('' only releases), age of
+# the settlement ms, number of windows.
 # A settlement so old that the reading a window was seeded from (or will be) holds it is not booked again.
 SETTLE = Script(
     _COMMON
     + """
-local id, cost = ARGV[1], ARGV[2]
-local settled_at, lag = now - tonumber(ARGV[4]), tonumber(ARGV[5])
-local first = cost ~= ''
-if first then
-  first = redis.call('SET', KEYS[1], '1', 'NX', 'PX', ARGV[3]) and true
-end
-local reply = {}
-for i = 2, #KEYS, 3 do
-  local window, expiry = KEYS[i], KEYS[i + 1]
-  local values = state(window, expiry)
-  if values then
-    release(window, expiry, id)
-    if first and settled_at > tonumber(redis.call('HGET', window, 'read_at')) - lag then
-      redis.call('HINCRBY', window, 'spent', cost)
-      redis.call('HINCRBY', window, 'used', cost)
+local marker_ttl, lag, late_ttl = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local key = 0
+for argument = 4, #ARGV, 4 do
+  local id, cost = ARGV[argument], ARGV[argument + 1]
+  local settled_at = now - tonumber(ARGV[argument + 2])
+  key = key + 1
+  local book = cost ~= '' and redis.call('SET', KEYS[key], '1', 'NX', 'PX', marker_ttl)
+  for _ = 1, tonumber(ARGV[argument + 3]) do
+    local window, expiry, late = KEYS[key + 1], KEYS[key + 2], KEYS[key + 3]
+    key = key + 3
+    local read_at = redis.call('HGET', window, 'read_at')
+    if read_at then
+      release(window, expiry, id)
+      if book and settled_at > tonumber(read_at) - lag then
+        redis.call('HINCRBY', window, 'spent', cost)
+        redis.call('HINCRBY', window, 'used', cost)
+      end
+    elseif book and settled_at > now - lag then
+      redis.call('INCRBY', late, cost)
+      redis.call('PEXPIRE', late, late_ttl)
     end
-    values = redis.call('HMGET', window, 'spent', 'used', 'born')
-  else
-    if first and settled_at > now - lag then
-      redis.call('INCRBY', KEYS[i + 2], cost)
-      redis.call('PEXPIRE', KEYS[i + 2], ARGV[6])
-    end
-    values = {'', '', ''}
   end
-  for j = 1, 3 do reply[#reply + 1] = values[j] end
 end
-return reply
+return #ARGV
 """
 )
 
