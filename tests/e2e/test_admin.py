@@ -77,6 +77,7 @@ class Answer:
 @dataclass
 class Gateway:
     config: Path
+    data: Path
     port: int
     admin_port: int
     log: Path
@@ -171,7 +172,7 @@ def gateway(provider_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
     try:
         assert process.stdout is not None
         ports = [int(re.findall(r":(\d+)/", process.stdout.readline())[0]) for _ in range(2)]
-        found = Gateway(config, ports[0], ports[1], log)
+        found = Gateway(config, folder / "data", ports[0], ports[1], log)
         deadline = time.monotonic() + 30
         while True:
             try:
@@ -415,6 +416,67 @@ def test_a_request_is_explained(gateway: Gateway) -> None:
     assert again.headers["x-farthing-cache"] == "exact"
     hit = gateway.booked(again.headers["x-request-id"]).json
     assert (hit["money"]["cost_usd"], hit["attempts"], hit["decision"]["cache"]) == (0, [], "exact")
+
+
+def run_command(gateway: Gateway, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "router.cli", *arguments, "--config", str(gateway.config)],
+        env=gateway_environment(gateway.data),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_command_explains_a_request_as_the_admin_plane_does(gateway: Gateway) -> None:
+    key, _ = new_key(gateway, "compared")
+    answer = gateway.chat(key, "Name three colours of the rainbow.")
+    request_id = answer.headers["x-request-id"]
+    shown = gateway.booked(request_id)
+    done = run_command(gateway, "policy", "explain", "--request-id", request_id, "--json")
+    assert (done.returncode, done.stdout.strip()) == (0, shown.body.decode().strip())
+
+
+@pytest.mark.parametrize(
+    ("text", "model"),
+    [
+        ("What is 2 plus 2?", "auto"),
+        ("Prove that there are infinitely many primes, step by step, and generalise the proof.", "auto"),
+        ("Summarise in two sentences why the sea is salty and compare it with a lake.", "auto"),
+        ("Say hello.", "middle"),
+    ],
+)
+def test_a_prompt_is_explained_as_it_is_answered(gateway: Gateway, text: str, model: str) -> None:
+    key, _ = new_key(gateway, "search")
+    answer = gateway.chat(key, text, model)
+    done = run_command(
+        gateway, "policy", "explain", "--prompt", text, "--model", model, "--team", "search", "--json"
+    )
+    found = json.loads(done.stdout, parse_float=Decimal)
+    booked = gateway.booked(answer.headers["x-request-id"]).json
+    assert found["decision"]["model"] == answer.headers["x-farthing-model"]
+    assert found["decision"]["reason"] == booked["decision"]["reason"]
+    said = found["classification"]
+    assert (said["class"] if said["decides"] else "none") == answer.headers["x-farthing-class"]
+    assert found["policy_hash"] == booked["decision"]["policy_hash"]
+    assert found["decision"]["held_usd"] >= booked["money"]["held_usd"] > 0
+    assert {entry["budget"] for entry in found["budgets"]} == {entry["budget"] for entry in booked["budgets"]}
+    (attempt,) = booked["attempts"]
+    assert attempt["price"]["id"] == found["models"][0]["price"]["id"]
+
+
+def test_the_doctor_knows_a_running_gateway(gateway: Gateway) -> None:
+    from router import doctor
+
+    for port in (gateway.port, gateway.admin_port):
+        found = doctor._port("127.0.0.1", port, "--port")
+        assert (found.level, found.text) == ("OK", f"127.0.0.1:{port} is served by a Farthing gateway")
+    done = run_command(gateway, "doctor")
+    assert "FAIL" not in done.stdout
+    assert done.returncode == 0
+    assert re.search(r"OK +journal +1 in use", done.stdout)
+    assert ADMIN_KEY not in done.stdout
 
 
 def test_a_request_nobody_sent(gateway: Gateway) -> None:
