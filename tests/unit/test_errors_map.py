@@ -1,0 +1,126 @@
+"""Every refusal becomes an HTTP answer in OpenAI's shape, and every route has its cost class."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from router.api import data_plane
+from router.api.data_plane import ROUTES, DataPlane
+from router.api.errors import error_answer, internal_error
+from router.core import errors
+from router.core.errors import RequestError, UpstreamRejected
+
+
+def tree(kind: type[RequestError]) -> Iterator[type[RequestError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from tree(child)
+
+
+KINDS = sorted(
+    {kind for kind in tree(RequestError) if kind is not UpstreamRejected}, key=lambda k: k.__name__
+)
+TYPES = {
+    "invalid_request_error",
+    "authentication_error",
+    "permission_error",
+    "insufficient_quota",
+    "rate_limit_error",
+    "server_error",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_refusal_has_openais_shape(kind: type[RequestError]) -> None:
+    answer = error_answer(kind('Say "why" and\nwhat to do.', param="field", retry_after=1.6))
+    assert 400 <= answer.status <= 504
+    assert answer.content_type == "application/json"
+    body = json.loads(answer.body)
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] == 'Say "why" and\nwhat to do.'
+    assert error["param"] == "field"
+    assert error["type"] in TYPES
+    assert error["code"]
+    assert answer.headers["retry-after"] == "2"
+    assert answer.headers["x-should-retry"] == ("true" if kind.retry else "false")
+    assert not any("\n" in value or "\r" in value for value in answer.headers.values())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_refusal_a_retry_cannot_cure_says_so(kind: type[RequestError]) -> None:
+    cured_by_time = kind.status in (429, 502, 503, 504)
+    assert kind.retry is cured_by_time
+
+
+def test_the_same_code_means_the_same_status_but_for_budgets() -> None:
+    seen: dict[str, set[int]] = {}
+    for kind in KINDS:
+        seen.setdefault(kind.code, set()).add(kind.status)
+    assert {code for code, statuses in seen.items() if len(statuses) > 1} == {"budget_exceeded"}
+
+
+def test_every_refusal_is_documented_and_lives_in_one_tree() -> None:
+    for name, kind in inspect.getmembers(errors, inspect.isclass):
+        assert issubclass(kind, errors.FarthingError), name
+        assert kind.__doc__, name
+
+
+def test_a_providers_rejection_keeps_its_body() -> None:
+    answer = error_answer(
+        UpstreamRejected(422, b'{"error":{"message":"no"}}', "application/json; charset=utf-8")
+    )
+    assert (answer.status, answer.body) == (422, b'{"error":{"message":"no"}}')
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_a_fault_of_ours_says_nothing_of_its_cause() -> None:
+    answer = internal_error()
+    assert answer.status == 500
+    assert set(json.loads(answer.body)["error"]) == {"message", "type", "param", "code"}
+
+
+# -- routes --
+
+
+def test_every_route_has_a_handler_and_a_cost_class() -> None:
+    plane = DataPlane.__new__(DataPlane)
+    DataPlane.__init__(
+        plane,
+        **{
+            name: None
+            for name, parameter in inspect.signature(DataPlane.__init__).parameters.items()
+            if name != "self" and parameter.default is inspect.Parameter.empty
+        },
+    )
+    assert set(plane._handlers) == {route.path for route in ROUTES}
+    assert all(route.cost in ("metered", "free") for route in ROUTES)
+    assert {route.path for route in ROUTES if "POST" in route.methods} <= {
+        route.path for route in ROUTES if route.cost == "metered"
+    }
+
+
+def test_metered_routes_go_through_the_pipeline_and_free_ones_do_not() -> None:
+    plane = DataPlane.__new__(DataPlane)
+    DataPlane.__init__(
+        plane,
+        **{
+            name: None
+            for name, parameter in inspect.signature(DataPlane.__init__).parameters.items()
+            if name != "self" and parameter.default is inspect.Parameter.empty
+        },
+    )
+    for route in ROUTES:
+        source = inspect.getsource(plane._handlers[route.path])
+        assert ("_pipeline.answer" in source) == (route.cost == "metered"), route.path
+
+
+def test_the_data_plane_calls_nobody_but_through_the_pipeline() -> None:
+    source = inspect.getsource(data_plane)
+    for word in ("aiohttp", "httpx", ".send(call", "Upstream"):
+        assert word not in source
