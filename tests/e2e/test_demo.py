@@ -1,0 +1,186 @@
+"""`farthing demo`, `simulate` and `init` as a newcomer runs them: real processes, a real client."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+FARTHING = [sys.executable, "-m", "router.cli"]
+
+
+def _environment(folder: Path, **more: str) -> dict[str, str]:
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith("FARTHING_") and not k.endswith("_API_KEY")
+    }
+    # Temporary files of the demo come here, so that the test sees what is left of them.
+    return {**kept, "TMPDIR": str(folder), "COLUMNS": "120", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1", **more}
+
+
+@contextlib.contextmanager
+def _started(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [*FARTHING, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=dict(environment),
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def _line_with(process: subprocess.Popen[str], words: str) -> str:
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        if words in line:
+            return line
+        said += line
+    raise AssertionError(f"ended without saying {words!r}:\n{said}")
+
+
+def _gets(url: str, seconds: float = 20) -> int:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=2) as answer:
+                return int(answer.status)
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
+def test_demo_once(tmp_path: Path) -> None:
+    started = time.monotonic()
+    run = subprocess.run(
+        [*FARTHING, "demo", "--once", "--requests", "40", "--port", "0"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=_environment(tmp_path),
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert time.monotonic() - started < 40
+    assert "40 of 40 requests answered" in run.stdout
+    table: dict[str, list[str]] = {}
+    for line in run.stdout.splitlines():
+        row = re.split(r"\s{2,}", line.strip())
+        table.setdefault(row[0], row[1:])
+    assert table["class"] == ["small", "middle", "frontier", "cache", "requests", "cost USD", "saved"]
+    by_class = [table[name] for name in ("simple", "medium", "complex", "from the cache")]
+    for column in range(5):
+        total = sum(int(row[column].replace("-", "0")) for row in by_class)
+        assert total == int(table["all"][column].replace("-", "0"))
+    assert table["all"][3:5] == ["10", "40"]
+    assert {"search", "support", "engineering", "demo", "organisation"} <= set(table)
+    assert "40 requests recomputed from tokens and unit prices: 0 differences; 0 unsettled." in run.stdout
+    assert "Traceback" not in run.stdout + run.stderr
+    assert list(tmp_path.glob("farthing-*")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_demo_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
+    with _started(["demo", "--once", "--port", "0"], _environment(tmp_path)) as process:
+        gateway = _line_with(process, "gateway  ").split()[-1].removesuffix("/v1")
+        assert _gets(gateway + "/healthz") == 200
+        _line_with(process, "sending")
+        process.send_signal(number)
+        process.wait(30)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            try:
+                socket.create_connection(("127.0.0.1", int(gateway.rsplit(":", 1)[1])), 1).close()
+            except OSError:
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError("the gateway outlived the demo")
+        if number != signal.SIGKILL:
+            assert process.returncode == 130
+            assert list(tmp_path.glob("farthing-*")) == []
+
+
+def test_a_local_endpoint_takes_the_place_of_the_small_model(tmp_path: Path) -> None:
+    """A simulated endpoint stands in for the real one. The demo wants its port, too, and takes the next free one."""
+    with _started(["simulate", "--port", "0", "tiny:typical=20"], _environment(tmp_path)) as engine:
+        url = _line_with(engine, "Simulated models tiny at http").split()[-1]
+        port = urlsplit(url).port
+        run = subprocess.run(
+            [
+                *FARTHING,
+                "demo",
+                "--once",
+                "--port",
+                str(port),
+                "--requests",
+                "8",
+                "--local-url",
+                url,
+                "--local-model",
+                "tiny",
+            ],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=_environment(tmp_path),
+            check=False,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert f"Port {port} is taken" in run.stdout
+        assert "8 of 8 requests answered" in run.stdout
+        assert f"small is tiny at {url}" in run.stdout
+        with urllib.request.urlopen(url.removesuffix("/v1") + "/control") as answer:
+            assert b'"calls": 0' not in answer.read()
+        engine.send_signal(signal.SIGTERM)
+        assert engine.wait(10) == 0
+
+
+def test_init_then_serve(tmp_path: Path) -> None:
+    environment = _environment(tmp_path, OPENAI_API_KEY="sk-x", FARTHING_DATA_DIR=str(tmp_path / "data"))
+    config = tmp_path / "config"
+    first = subprocess.run(
+        [*FARTHING, "init", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "OPENAI_API_KEY" in first.stdout
+    again = subprocess.run(
+        [*FARTHING, "init", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+    with _started(["serve", "--config", str(config), "--port", "0"], environment) as gateway:
+        url = _line_with(gateway, "Farthing serves").split()[-1].removesuffix("/v1")
+        assert _gets(url + "/readyz") == 200
+        gateway.send_signal(signal.SIGTERM)
+        assert gateway.wait(20) == 0
