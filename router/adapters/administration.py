@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -19,6 +20,8 @@ from router.core.errors import ConfigurationError, InvalidRequest, NotFound, Ove
 from router.core.ports import Clock
 
 Answer = TypeVar("Answer")
+
+log = logging.getLogger("farthing")
 
 
 class SqlAdministration:
@@ -52,22 +55,27 @@ class SqlAdministration:
         self, team: str, app: str | None, tags: Mapping[str, tuple[str, ...]]
     ) -> tuple[str, dict[str, Any]]:
         key, entry = _asked(lambda: create_key(self._engine, self._secret, team, app, tags))
+        log.info("admin plane: key %s of team %s is made", entry.id, entry.team)
         return key, _shown(entry)
 
     def adopt_key(
         self, key: str, team: str, app: str | None, tags: Mapping[str, tuple[str, ...]]
     ) -> dict[str, Any]:
-        return _shown(_asked(lambda: adopt_key(self._engine, self._secret, key, team, app, tags)))
+        entry = _asked(lambda: adopt_key(self._engine, self._secret, key, team, app, tags))
+        log.info("admin plane: key %s of team %s is adopted", entry.id, entry.team)
+        return _shown(entry)
 
     def revoke_key(self, key_id: str) -> dict[str, Any]:
         try:
-            return _shown(revoke_key(self._engine, key_id))
+            entry = revoke_key(self._engine, key_id)
         except ConfigurationError:
             raise NotFound(
                 "No key has this id. GET /admin/keys lists them.", param="id", code="key_not_found"
             ) from None
         except UnavailableError as error:
             raise _away(error) from None
+        log.info("admin plane: key %s of team %s is revoked", entry.id, entry.team)
+        return _shown(entry)
 
     # -- policy --
 

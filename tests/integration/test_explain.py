@@ -201,8 +201,8 @@ def test_text_for_people_holds_the_same(settings: Settings) -> None:
 
 
 @pytest.fixture
-def engine(sqlite_url: str) -> Iterator[Engine]:
-    engine = open_engine(sqlite_url)
+def engine(database_url: str) -> Iterator[Engine]:
+    engine = open_engine(database_url)
     yield engine
     engine.dispose()
 

@@ -23,6 +23,8 @@ from router.settings import Settings, read_settings
 from tests.contracts.ledger_records import new_id, opened, settled
 from tests.contracts.valkey_server import ValkeyServer
 
+pytest_plugins = ["tests.contracts.sql_databases"]
+
 POLICY = """
 apiVersion: farthing/v1
 baseline: frontier
@@ -212,6 +214,12 @@ def test_a_database_that_is_not_there(folder: Path) -> None:
         settings(folder, FARTHING_DATABASE_URL="mysql://x", FARTHING_SECRET=SECRET), "database"
     )
     assert (level, "postgresql://" in text) == ("FAIL", True)
+
+
+def test_postgresql_in_order(folder: Path, postgresql_url: str) -> None:
+    found = settings(folder, FARTHING_DATABASE_URL=postgresql_url, FARTHING_SECRET=SECRET)
+    assert only(found, "database")[0] == "OK"
+    assert only(found, "clock") == ("OK", "agrees with database within 2 s")
 
 
 def test_a_schema_that_is_behind_and_triggers_that_are_gone(folder: Path) -> None:
