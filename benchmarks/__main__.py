@@ -523,7 +523,8 @@ def main() -> int:
         _measure(run)
     print(
         f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, "
-        f"load before {machine['load_before']:.2f}; medians of {options.rounds} rounds of {options.seconds} s; load from {run.generator.name}\n"
+        f"load before {machine['load_before']:.2f}; medians of {options.rounds} rounds of {options.seconds} s; "
+        f"load from {run.generator.name}\n"
     )
     print(_table(run))
     options.out.parent.mkdir(parents=True, exist_ok=True)

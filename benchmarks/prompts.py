@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WORDS = (
+_WORDS = (
     "apple river table window garden doctor market summer winter bridge castle engine forest hammer "
     "island jacket kitchen ladder mirror needle orange pencil rabbit school ticket valley wagon yellow "
     "anchor basket camera desert eagle farmer guitar harbor insect jungle king lemon magnet nest ocean "
@@ -17,7 +17,8 @@ WORDS = (
     "glass horse iron jewel knife lion mountain newspaper oven piano rain silver train uncle violin wheel "
     "book chair door egg field gate house ice leaf moon nose owl paper ring stone tower wall boat cloud "
     "drum fish gold hill lamp mouse pipe road shoe "
-).split()
+)
+WORDS = _WORDS.split()
 
 # The static encoder is sure of these (the run checks it in the ledger); 15 to 22 word pieces.
 STATIC = (
