@@ -4,6 +4,8 @@ The expected cost is computed here from the log's token counts and the prices wr
 arithmetic. `--requests N`, `--database sqlite|postgresql` (default: both).
 """
 
+# ruff: noqa: S311
+
 from __future__ import annotations
 
 import argparse
@@ -49,7 +51,8 @@ def configuration(url: str) -> tuple[str, str]:
     models = {}
     for name, (bought, cached, sold) in PRICES.items():
         quality = ", ".join(
-            f'{kind}: "{share}"' for kind, share in zip(("simple", "medium", "complex"), QUALITY[name], strict=True)
+            f'{kind}: "{share}"'
+            for kind, share in zip(("simple", "medium", "complex"), QUALITY[name], strict=True)
         )
         models[name] = (
             f"{{ provider: sim, name: {name}, context: 128000, max_output: 16384, supports: [tools], "
@@ -93,7 +96,9 @@ async def one_run(verdict: Verdict, database: str | None, count: int, where: Pat
 
             async def send(http: Any, number: int) -> tuple[Answer, bool]:
                 cut = number % 10 == 3
-                text = f"{dice.choice(PROMPTS)} [{number}]" if number % 25 else "Tell me the same thing again."
+                text = (
+                    f"{dice.choice(PROMPTS)} [{number}]" if number % 25 else "Tell me the same thing again."
+                )
                 body: dict[str, Any] = {
                     "model": dice.choice(("auto", "auto", "small", "middle", "frontier")),
                     "messages": [{"role": "user", "content": text}],
@@ -129,7 +134,9 @@ async def one_run(verdict: Verdict, database: str | None, count: int, where: Pat
             verdict.check(len(answers) == count, f"{count} requests sent, {len(admitted)} answered with 200")
             answered = {a.id for a, _ in answers if a.status}
             verdict.check(
-                {a.id for a in admitted} <= set(rows) <= answered | {i for i, r in rows.items() if r["status"] == "cancelled"},
+                {a.id for a in admitted}
+                <= set(rows)
+                <= answered | {i for i, r in rows.items() if r["status"] == "cancelled"},
                 f"ledger requests {len(rows)} = requests admitted ({len(admitted)} answered, "
                 f"{len(rows) - len(admitted)} admitted and failed; {len(refused)} errors told)",
             )
@@ -151,9 +158,7 @@ async def one_run(verdict: Verdict, database: str | None, count: int, where: Pat
             ]
             complete = [row for row in rows.values() if row["status"] == "complete"]
             verdict.check(not wrong, f"cost of {len(complete)} complete requests to the nano-USD {wrong[:3]}")
-            verdict.check(
-                not any(row["estimated"] for row in complete), "no complete request is an estimate"
-            )
+            verdict.check(not any(row["estimated"] for row in complete), "no complete request is an estimate")
             left = [rows[i] for i in cut_ids if i in rows]
             verdict.check(
                 len(left) == len(cut_ids)
@@ -163,7 +168,9 @@ async def one_run(verdict: Verdict, database: str | None, count: int, where: Pat
                 f"statuses {dict(Counter(r['status'] for r in left))}",
             )
             hits = sum(row["cache"] == "exact" for row in rows.values())
-            verdict.say(f"{hits} answered by the cache or a shared call, {sum(c['cached_tokens'] > 0 for c in calls)} calls with cached input")
+            verdict.say(
+                f"{hits} answered by the cache or a shared call, {sum(c['cached_tokens'] > 0 for c in calls)} calls with cached input"
+            )
             reports(verdict, gateway, rows, by_request)
             checked = gateway.cli("ledger", "verify")
             verdict.check(checked.returncode == 0, f"ledger verify: {checked.stdout.strip()[-200:]}")
@@ -184,9 +191,12 @@ def reports(
 
     shown = json.loads(gateway.cli("report", "spend", "--by", "team,model", "--format", "json").stdout)
     as_json = {
-        (r["team"], r["model"] or ""): (r["requests"], f"{Decimal(str(r['cost_usd'])):.9f}") for r in shown["rows"]
+        (r["team"], r["model"] or ""): (r["requests"], f"{Decimal(str(r['cost_usd'])):.9f}")
+        for r in shown["rows"]
     }
-    verdict.check(as_json == want, f"report as JSON: {len(as_json)} rows agree; data_health {shown['data_health']}")
+    verdict.check(
+        as_json == want, f"report as JSON: {len(as_json)} rows agree; data_health {shown['data_health']}"
+    )
     text = gateway.cli("report", "spend", "--by", "team,model", "--format", "csv").stdout
     as_csv = {
         (r["team"], r["model"]): (int(r["requests"]), f"{Decimal(r['cost_usd']):.9f}")
@@ -204,7 +214,8 @@ def reports(
             as_table[words[0], words[1] if at == 2 else ""] = (int(words[at].replace(",", "")), money)
     named = {key: value for key, value in want.items() if key[1]}
     verdict.check(
-        {key: value for key, value in as_table.items() if key[1]} == named, f"report as table: {len(named)} rows agree"
+        {key: value for key, value in as_table.items() if key[1]} == named,
+        f"report as table: {len(named)} rows agree",
     )
     total = sum(Decimal(money) for _, money in want.values())
     verdict.say(f"in all {sum(c for c, _ in want.values())} requests, {total} USD\n{table}")

