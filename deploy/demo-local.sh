@@ -7,13 +7,16 @@ set -euo pipefail
 : "${FARTHING_DEMO:?run it as make demo-local}" "${PYTHON:?run it as make demo-local}"
 environment=.venv-local
 
-# Prints the name of the first model that the OpenAI-compatible server at $1 lists; fails where nothing answers.
+# Prints the name of the first chat model that the OpenAI-compatible server at $1 lists; fails where there is none.
 first_model() {
   "$PYTHON" - "$1" 2>/dev/null <<'PY'
 import json, sys, urllib.request
 
-with urllib.request.urlopen(sys.argv[1] + "/models", timeout=2) as answer:
-    print(json.load(answer)["data"][0]["id"])
+# A proxy in the environment is not for this machine.
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+with opener.open(sys.argv[1] + "/models", timeout=2) as answer:
+    names = [model["id"] for model in json.load(answer)["data"]]
+print(next(name for name in names if "embed" not in name.lower()))
 PY
 }
 

@@ -172,10 +172,17 @@ class _Run:
         )
         agrees = _settled(engine, settings, len(sent) - len(failed))
         _Figures(self._console, say, engine, settings, sent).show()
-        ok = self._verify(engine, settings) and agrees is None and not failed
+        served = self._local_cost(engine, settings)
+        ok = self._verify(engine, settings) and served and agrees is None and not failed
         if agrees is not None:
             say(f"[bold red]  The ledger does not agree:[/] {agrees}")
         self._failures(failed)
+        fallen_back = sum(" failed; " in one.headers.get("x-farthing-decision", "") for one in sent)
+        if fallen_back:
+            say(
+                f"[bold red]  {fallen_back} answers came from another model, after a call to the first failed.[/]"
+            )
+            ok = False
         say(
             f"\nDone in {time.monotonic() - started:.0f} s."
             if ok
@@ -262,6 +269,31 @@ class _Run:
             self._say(f"[bold red]  ... and {len(failed) - 5} more[/]")
 
     # -- after --
+
+    def _local_cost(self, engine: Engine, settings: Settings) -> bool:
+        """What the real local model cost; False where it answered nothing."""
+        from router.adapters.sql.reports import spend_report
+
+        if not self._local:
+            return True
+        report = spend_report(engine, settings.journals, ["provider", "cache"])
+        row = next((r for r in report.rows if r["provider"] == "local" and r["cache"] == "miss"), None)
+        if row is None:
+            self._say(
+                f"[bold red]{escape(self._local[1])} answered nothing:[/] does {self._local[0]} work?\n"
+            )
+            return False
+        read = sum(_number(row[name]) for name in report.columns if name.startswith("tokens_input"))
+        written = sum(_number(row[name]) for name in report.columns if name.startswith("tokens_output"))
+        self._say(f"[bold]What did the local model cost?[/] {escape(self._local[1])} at {self._local[0]}")
+        self._say(
+            f"  {row['requests']} requests, {read} tokens read and {written} written: "
+            f"{_usd(_nano(row['cost_usd']))} USD of the machine's hours."
+        )
+        self._say(
+            f"  gpu_hour and tokens per second are assumed in {self._config / 'providers.yaml'}: put in yours.\n"
+        )
+        return True
 
     def _verify(self, engine: Engine, settings: Settings) -> bool:
         from router.adapters.sql.verify import verify
@@ -376,7 +408,7 @@ class _Figures:
                 _usd(cost["cost_usd"]),
                 _share(cost["baseline_usd"] - cost["cost_usd"], cost["baseline_usd"]),
             )
-        self._console.print(Padding(table, (0, 0, 0, 2)))
+        self._console.print(Padding(table, (0, 0, 0, 2), expand=False))
 
     def _reasons(self) -> None:
         self._say("\n[bold]Why?[/] A decision of each class, from the answer's header x-farthing-decision:")
@@ -421,7 +453,7 @@ class _Figures:
         table.add_section()
         table.add_row("billed", _usd(figures["cost"]), _share(figures["cost"], baseline))
         self._say("")
-        self._console.print(Padding(table, (0, 0, 0, 2)))
+        self._console.print(Padding(table, (0, 0, 0, 2), expand=False))
 
     def _teams(self, report: Report) -> None:
         from router.adapters.configuration import load
@@ -443,10 +475,8 @@ class _Figures:
             {limit.key: limit for limit in (*limits, *snapshot.resolve(TEAM, None, {}, now).budgets)}.values()
         )
         budgets = budgets_report(self._engine, self._settings.journals, limits, period)
-        title = f"Budgets of {period}"
-        table = _table(
-            title, "budget", "model calls", "cache hits", "saved USD", "spent USD", "limit", "used", "state"
-        )
+        title = f"Budgets of {period}: calls to models, cache hits, and USD"
+        table = _table(title, "budget", "calls", "hits", "saved", "spent", "limit", "used", "state")
         for budget in budgets.rows:
             key = str(budget["budget"])
             if key.startswith("app:"):
@@ -465,7 +495,7 @@ class _Figures:
                 _state(str(budget["state"])),
             )
         self._say("")
-        self._console.print(Padding(table, (0, 0, 0, 2)))
+        self._console.print(Padding(table, (0, 0, 0, 2), expand=False))
         self._say("")
 
 
@@ -626,7 +656,8 @@ class _Child:
             raise _Ended(f"the {self.name} ended with status {code}.\n{said}")
 
     def first_line(self) -> str:
-        return self._until(lambda: self._log.read_text(errors="replace").partition("\n"), lambda p: p[1])[0]
+        said = self._until(lambda: self._log.read_text(errors="replace"), lambda text: "\n" in text)
+        return str(said).partition("\n")[0]
 
     def wait_for(self, url: str) -> None:
         self._until(lambda: _answers(url), bool)

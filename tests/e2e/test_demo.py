@@ -152,8 +152,15 @@ def test_a_local_endpoint_takes_the_place_of_the_small_model(tmp_path: Path) -> 
         assert f"Port {port} is taken" in run.stdout
         assert "8 of 8 requests answered" in run.stdout
         assert f"small is tiny at {url}" in run.stdout
-        with urllib.request.urlopen(url.removesuffix("/v1") + "/control") as answer:
-            assert b'"calls": 0' not in answer.read()
+        booked = re.search(
+            r"  (\d+) requests, (\d+) tokens read and (\d+) written: ([0-9.]+) USD", run.stdout
+        )
+        assert booked is not None
+        # The assumed machine: 0.60 USD an hour, 200 tokens read or 40 written a second.
+        hours = (int(booked[2]) / 200 + int(booked[3]) / 40) / 3600
+        assert float(booked[4]) == pytest.approx(0.60 * hours, abs=0.00001)
+        with urllib.request.urlopen(url.removesuffix("/v1") + "/log") as answer:
+            assert len(answer.read().splitlines()) == int(booked[1]) > 0
         engine.send_signal(signal.SIGTERM)
         assert engine.wait(10) == 0
 
@@ -184,3 +191,22 @@ def test_init_then_serve(tmp_path: Path) -> None:
         assert _gets(url + "/readyz") == 200
         gateway.send_signal(signal.SIGTERM)
         assert gateway.wait(20) == 0
+
+
+def test_a_local_endpoint_that_is_away_fails_the_demo(tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+        run = subprocess.run(
+            [*FARTHING, "demo", "--once", "--port", "0", "--requests", "6", "--local-url", url]
+            + ["--local-model", "tiny"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=_environment(tmp_path),
+            check=False,
+        )
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert f"tiny answered nothing: does {url} work?" in run.stdout
+    assert "after a call to the first failed" in run.stdout
