@@ -21,6 +21,7 @@ from router.adapters.price_catalogue import shipped_catalogue
 from router.adapters.redis_store.budgets import RedisBudgetStore
 from router.adapters.redis_store.caches import RedisCacheStore
 from router.adapters.redis_store.connection import RedisConnection, connect
+from router.adapters.redis_store.secret_check import shares_secret
 from router.adapters.sql.database import migrate, open_engine, schema_problem
 from router.adapters.sql.keys import SqlKeyDirectory
 from router.adapters.sql.policies import PolicyVersion, record_policy
@@ -153,11 +154,8 @@ class Gateway:
         await asyncio.to_thread(self._record_policy)
         self.watch.subscribe(self._record_later)
         self._keys.start()
-        if self._redis is not None and not await self._redis.ping():
-            log.warning(
-                "Redis at %s does not answer: caches are off, and callers under a hard cap are refused until it does",
-                without_password(self.settings.redis_url or ""),
-            )
+        if self._redis is not None:
+            await self._join_redis(self._redis)
         loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(self.watch.run()),
@@ -165,6 +163,22 @@ class Gateway:
             loop.create_task(asyncio.to_thread(self._load_transformer)),
         ]
         self._missing.remove("journal replay")
+
+    async def _join_redis(self, redis: RedisConnection) -> None:
+        """Raises ConfigurationError where the workers behind this Redis hash with another secret."""
+        try:
+            shared = await shares_secret(redis, self.settings.secret)
+        except UnavailableError:
+            log.warning(
+                "Redis at %s does not answer: caches are off, and callers under a hard cap are refused until it does",
+                without_password(self.settings.redis_url or ""),
+            )
+            return
+        if not shared:
+            raise ConfigurationError(
+                "FARTHING_SECRET is not the one that other workers behind this Redis use. Set the same on each; "
+                "after changing it on all, delete the Redis key farthing:secret-check."
+            )
 
     def _load_transformer(self) -> None:
         self._classifier.minilm  # noqa: B018 - reading it loads it

@@ -220,6 +220,7 @@ class SqlKeyDirectory:
         self._grace = grace
         self._rate = lookups_per_second
         self._tokens = lookups_per_second
+        self._asked: dict[str, asyncio.Task[Caller | None]] = {}
         self._tokens_at = time.monotonic()
         self._callers: dict[str, Caller] = {}
         self._state: tuple[object, ...] = ()
@@ -286,16 +287,25 @@ class SqlKeyDirectory:
 
         Raises UnavailableError when SQL does not answer: whether the key is valid is not known then.
         """
-        now = time.monotonic()
-        missed_at = self._misses.get(key_hash)
-        if missed_at is not None and now - missed_at < MISS_SECONDS:
-            return None
-        self._tokens = min(self._rate, self._tokens + (now - self._tokens_at) * self._rate)
-        self._tokens_at = now
-        if self._tokens < 1:
-            # Under a flood of unknown keys a new one waits for the next refresh.
-            return self._callers.get(key_hash)
-        self._tokens -= 1
+        asked = self._asked.get(key_hash)
+        if asked is None:
+            now = time.monotonic()
+            missed_at = self._misses.get(key_hash)
+            if missed_at is not None and now - missed_at < MISS_SECONDS:
+                return None
+            self._tokens = min(self._rate, self._tokens + (now - self._tokens_at) * self._rate)
+            self._tokens_at = now
+            if self._tokens < 1:
+                # A flood of unknown keys: nobody is told that a key is unknown before it was looked up.
+                raise UnavailableError("too many unknown API keys are being looked up")
+            self._tokens -= 1
+            # A burst of requests with one new key asks once.
+            asked = asyncio.get_running_loop().create_task(self._ask(key_hash))
+            self._asked[key_hash] = asked
+            asked.add_done_callback(lambda _: self._asked.pop(key_hash, None))
+        return await asyncio.shield(asked)
+
+    async def _ask(self, key_hash: str) -> Caller | None:
         loop = asyncio.get_running_loop()
         try:
             caller = await asyncio.wait_for(
