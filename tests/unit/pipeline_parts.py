@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from router.core.errors import UpstreamError
 from router.core.health import Health
 from router.core.lint import load
 from router.core.ports import Snapshot, UpstreamCall
-from router.core.types import Caller, RequestRecord
+from router.core.types import BudgetWindow, Caller, RequestRecord
 from router.pipeline import Inbound, Pipeline
 from router.stages.admit import Admission, key_hash
 from router.stages.classify import Classify
@@ -156,6 +157,13 @@ class _NoSemantic:
         return None
 
 
+@functools.cache
+def _snapshot(providers: str, policy: str) -> Snapshot:
+    loaded = load(providers, policy, shipped_catalogue(), ManualClock().now())
+    assert loaded.snapshot is not None, [str(error) for error in loaded.errors]
+    return loaded.snapshot
+
+
 class Rig:
     """`ask` runs one request to its end; the parts are there to look at."""
 
@@ -168,9 +176,7 @@ class Rig:
         self.caches = MemoryCacheStore(self.clock)
         self.flights = Flights()
         self.ids = RequestIdentifiers()
-        loaded = load(providers, policy, shipped_catalogue(), self.clock.now())
-        assert loaded.snapshot is not None, [str(error) for error in loaded.errors]
-        self.snapshot: Snapshot = loaded.snapshot
+        self.snapshot = _snapshot(providers, policy)
         teams = ("search", "alone", "capped")
         keys = {key_hash(SECRET, team): Caller(f"key-{team}", team) for team in teams}
         self.admission = Admission(MemoryKeyDirectory(keys), SECRET)
@@ -215,8 +221,6 @@ class Rig:
     async def held(self) -> int:
         """Nano-USD held in the capped team's budget."""
         limits, period = self.snapshot.budgets(self.clock.now())
-        from router.core.types import BudgetWindow
-
         readings = await self.budgets.readings([BudgetWindow(limit.key, period) for limit in limits])
         return sum(reading.held for reading in readings)
 
