@@ -26,7 +26,7 @@ def _binary() -> Path:
     return found[0]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -36,7 +36,7 @@ class ValkeyServer:
     """One server process without persistence. `start` after `kill` gives an empty server on the same port."""
 
     def __init__(self, *options: str) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._options = options
         self._folder = tempfile.mkdtemp(prefix="valkey-")

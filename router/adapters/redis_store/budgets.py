@@ -313,13 +313,16 @@ class RedisBudgetStore:
             raise UnavailableError("the ledger did not answer: budgets cannot be seeded") from error
         age = int((self._clock.monotonic() - began) * 1000)
         for window in windows:
-            await self._connection.run(
-                SEED,
-                (_window_key(window), _expiry_key(window), _late_key(window)),
-                (spent.get(window, 0), age, secrets.token_hex(4), KEEP_MS),
-            )
-
-        await self._restore(windows)
+            keys = [_window_key(window), _expiry_key(window), _late_key(window)]
+            arguments: list[str | int] = [spent.get(window, 0), age, secrets.token_hex(4), KEEP_MS]
+            arguments.append(self._hold_ttl_ms)
+            for hold_id, hold in self._live.items():
+                if window in hold.amounts:
+                    keys.append(_marker_key(hold_id))
+                    arguments += (hold_id, hold.amounts[window])
+            if not await self._connection.run(SEED, keys, arguments):
+                # Another worker was faster and knows nothing of the holds of this one.
+                await self._restore([window])
 
     async def _restore_soon(self, windows: Sequence[BudgetWindow]) -> None:
         with contextlib.suppress(UnavailableError):

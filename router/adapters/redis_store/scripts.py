@@ -122,7 +122,8 @@ return reply
 """
 )
 
-# KEYS: window, expiry, late. ARGV: spent, age of the reading ms, a name for this seed, ttl ms.
+# KEYS: window, expiry, late, then the marker of each hold. ARGV: spent, age of the reading ms, a name for this
+# seed, ttl ms, ttl of holds ms, then id and amount of each hold the seeding worker has in flight.
 # The first seed wins; what was settled while nobody counted the window is added.
 SEED = Script(
     _COMMON
@@ -135,6 +136,14 @@ redis.call('HSET', KEYS[1], 'spent', ARGV[1], 'used', ARGV[1],
 redis.call('HINCRBY', KEYS[1], 'spent', late)
 redis.call('HINCRBY', KEYS[1], 'used', late)
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
+for i = 4, #KEYS do
+  local id, amount = ARGV[2 * i - 2], ARGV[2 * i - 1]
+  if redis.call('EXISTS', KEYS[i]) == 0 then
+    redis.call('HINCRBY', KEYS[1], 'used', amount)
+    redis.call('HSET', KEYS[1], 'hold:' .. id, amount)
+    redis.call('ZADD', KEYS[2], now + tonumber(ARGV[5]), id)
+  end
+end
 return 1
 """
 )
