@@ -149,7 +149,7 @@ class _Run:
     def all(self, port: int, count: int, interactive: bool) -> int:
         started = time.monotonic()
         say = self._say
-        say("[bold]Farthing demo[/]: a gateway that picks the cheapest model that is good enough\n")
+        say("[bold]Farthing demo[/]: the openai client, with nothing changed but its base URL\n")
         sock, port = _listen(port, say)
         settings = read_settings(
             config=str(self._config), port=port, environment=demo_environment(self._folder / "data")
@@ -158,7 +158,7 @@ class _Run:
             self._start(settings, sock)
         say(f"  gateway    http://127.0.0.1:{port}/v1")
         say(f"  models     {self._models()}")
-        say("  teams      search, support, engineering with keys of their own; any other key is team demo")
+        say("  teams      search, support, engineering by their keys; any other key is demo")
         say(f"  files      {self._config}\n")
 
         engine = _engine(settings)
@@ -168,7 +168,7 @@ class _Run:
         failed = [one for one in sent if one.error is not None]
         say(
             f"  {len(sent) - len(failed)} of {len(sent)} requests answered in {seconds:.1f} s, "
-            f"{sum(one.stream for one in prompts)} of them streamed (openai client, only its base_url changed)\n"
+            f"{sum(one.stream for one in prompts)} of them streamed\n"
         )
         agrees = _settled(engine, settings, len(sent) - len(failed))
         _Figures(self._console, say, engine, settings, sent).show()
@@ -235,7 +235,7 @@ class _Run:
     def _models(self) -> str:
         if self._local:
             return f"small is {escape(self._local[1])} at {self._local[0]}; middle and frontier are simulated"
-        return "small, middle, frontier: simulated (invented words), about four times as fast as real ones"
+        return "small, middle, frontier: simulated, four times as fast as real ones"
 
     # -- sending --
 
@@ -299,11 +299,11 @@ class _Run:
         from router.adapters.sql.verify import verify
 
         found = verify(engine, settings.journals)
-        self._say("[bold]Is the ledger right?[/] As 'farthing ledger verify' says it:")
+        self._say("[bold]Is the ledger right?[/] farthing ledger verify")
         for difference in found.differences[:10]:
             self._say(f"  [red]{escape(str(difference))}[/]")
         self._say(
-            f"  {found.requests} requests recomputed from tokens and unit prices: "
+            f"  {found.requests} requests recomputed from tokens and prices: "
             f"{len(found.differences)} differences; {found.unsettled} unsettled."
         )
         return not found.differences
@@ -423,7 +423,7 @@ class _Figures:
                 None,
             )
             if found is not None:
-                self._say(f"  [cyan]{name:8}[/] {escape(_short(found.prompt.text, 80))}")
+                self._say(f"  [cyan]{name:8}[/] {escape(_short(found.prompt.text, 67))}")
                 decision = found.headers["x-farthing-decision"]
                 parts = decision.split("; ")[:-1]
                 if len(decision) >= MAX_DECISION:
@@ -434,9 +434,7 @@ class _Figures:
             "(budget downgrade)" in one.headers.get("x-farthing-decision", "") for one in self._sent
         )
         if downgraded:
-            self._say(
-                f"  {downgraded} answers came from the cheapest model, because their team's budget was at its limit."
-            )
+            self._say(f"  {downgraded} answers came from the cheapest model: a budget was at its limit.")
 
     def _savings(self, report: Report) -> None:
         total = report.rows[0]

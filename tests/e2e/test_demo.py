@@ -95,7 +95,7 @@ def test_demo_once(tmp_path: Path) -> None:
         assert total == int(table["all"][column].replace("-", "0"))
     assert table["all"][3:5] == ["10", "40"]
     assert {"search", "support", "engineering", "demo", "organisation"} <= set(table)
-    assert "40 requests recomputed from tokens and unit prices: 0 differences; 0 unsettled." in run.stdout
+    assert "40 requests recomputed from tokens and prices: 0 differences; 0 unsettled." in run.stdout
     assert "Traceback" not in run.stdout + run.stderr
     assert list(tmp_path.glob("farthing-*")) == []
 
@@ -197,9 +197,9 @@ def test_a_local_endpoint_that_is_away_fails_the_demo(tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # taken, and nobody listens
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+        local = ["--local-url", url, "--local-model", "tiny"]
         run = subprocess.run(
-            [*FARTHING, "demo", "--once", "--port", "0", "--requests", "6", "--local-url", url]
-            + ["--local-model", "tiny"],
+            [*FARTHING, "demo", "--once", "--port", "0", "--requests", "6", *local],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
