@@ -84,7 +84,10 @@ class PrometheusTelemetry:
                 ("farthing_redis_up", "1 while Redis answers", (), "min"),
             )
         }
+        # Finding a series by its labels costs more than counting in it.
         self._sample = lru_cache(maxsize=4096)(self._series)
+        self._call = lru_cache(maxsize=1024)(self._attempts.labels)
+        self._bucket = lru_cache(maxsize=1024)(self._tokens.labels)
 
     def settled(self, record: RequestRecord) -> None:
         model = record.served_model or "none"
@@ -99,9 +102,9 @@ class PrometheusTelemetry:
         if record.first_token_ms is not None:
             first_token.observe(record.first_token_ms / 1000)
         for attempt in record.attempts:
-            self._attempts.labels(attempt.provider, attempt.outcome).inc()
+            self._call(attempt.provider, attempt.outcome).inc()
             for bucket, quantity in attempt.usage.buckets():
-                self._tokens.labels(attempt.model, bucket).inc(quantity)
+                self._bucket(attempt.model, bucket).inc(quantity)
 
     def refused(self, reason: str) -> None:
         self._refused.labels(reason).inc()

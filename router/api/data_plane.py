@@ -10,8 +10,7 @@ import asyncio
 import json
 import logging
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -39,6 +38,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 MAX_BODY = 32 * 1024 * 1024
+WATCH_AFTER = 0.05
+"""Seconds after which an answer in the making is worth watching for a client that leaves."""
 _LOOPBACK = ("127.", "::1")
 
 
@@ -138,7 +139,7 @@ class DataPlane:
         headers = _headers(scope)
         body = await _read_body(headers, receive, self._max_body)
         inbound = Inbound(reply.request_id, "chat.completions", headers, body, _is_loopback(scope))
-        async with _leaving(receive), self._pipeline.answer(inbound) as answer:
+        async with _Leaving(receive), self._pipeline.answer(inbound) as answer:
             if answer.content_type == "application/json":
                 whole = b"".join([frame async for frame in answer.frames])
                 await reply.whole(answer.status, answer.content_type, answer.headers, whole)
@@ -304,29 +305,40 @@ def _too_large(limit: int) -> RequestTooLarge:
     )
 
 
-@asynccontextmanager
-async def _leaving(receive: Receive) -> AsyncIterator[None]:
-    """Cancels the block when the client leaves, and raises ClientLeft in its place."""
-    task = asyncio.current_task()
-    assert task is not None
-    left = False
+class _Leaving:
+    """Cancels the block when the client leaves, and raises ClientLeft in its place.
 
-    async def watch() -> None:
-        nonlocal left
-        while (await receive())["type"] != "http.disconnect":
+    It looks after WATCH_AFTER seconds first: most answers are there before, and a look costs a task of its own.
+    """
+
+    __slots__ = ("_left", "_receive", "_task", "_timer", "_watcher")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._left = False
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER, self._look)
+
+    def _look(self) -> None:
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
             pass
-        left = True
-        task.cancel()
+        self._left = True
+        self._task.cancel()
 
-    watcher = asyncio.get_running_loop().create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if left and task.uncancel() == 0:
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._timer.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if kind is asyncio.CancelledError and self._left and self._task.uncancel() == 0:
             raise ClientLeft from None
-        raise
-    finally:
-        watcher.cancel()
 
 
 def _model_object(name: str) -> dict[str, object]:
