@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -33,7 +33,7 @@ from router.api.data_plane import DataPlane
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.health import Health
 from router.core.ports import BudgetStore, CacheStore, Snapshot, Upstream, UpstreamCall, UpstreamReply
-from router.core.types import BudgetWindow
+from router.core.types import BudgetWindow, RequestRecord
 from router.pipeline import Pipeline
 from router.settings import Settings, without_password
 from router.stages.admit import Admission
@@ -142,6 +142,8 @@ class Gateway:
 
     async def start(self) -> None:
         """Replays the journal, then lets requests in."""
+        if self._redis is not None:
+            self._writer.on_cancelled = self._release_in(asyncio.get_running_loop())
         try:
             await self._writer.replay()
         except UnavailableError as error:
@@ -163,6 +165,15 @@ class Gateway:
             loop.create_task(asyncio.to_thread(self._load_transformer)),
         ]
         self._missing.remove("journal replay")
+
+    def _release_in(self, loop: asyncio.AbstractEventLoop) -> Callable[[RequestRecord], None]:
+        """Gives back what a dead worker held in shared budgets, and counts what it is booked at."""
+
+        def release(record: RequestRecord) -> None:
+            cost = record.cost if record.cost is not None else record.worst_case
+            loop.call_soon_threadsafe(self._budgets.settle, record.id, record.budgets, cost)
+
+        return release
 
     async def _join_redis(self, redis: RedisConnection) -> None:
         """Raises ConfigurationError where the workers behind this Redis hash with another secret."""

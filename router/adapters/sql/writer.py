@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -54,6 +54,7 @@ ADOPT_SECONDS = 5.0
 SYNC_SECONDS = 1.0
 FIRST_BACKOFF, LAST_BACKOFF = 0.1, 5.0
 REJECTED_FILE = "rejected.jsonl"
+RESTARTED = "gateway_restarted"
 
 
 def cancelled(opened: OpenRecord, attempts: Sequence[AttemptRecord], settled_at: datetime) -> RequestRecord:
@@ -76,7 +77,7 @@ def cancelled(opened: OpenRecord, attempts: Sequence[AttemptRecord], settled_at:
                 upstream_model=attempt.upstream_model,
                 started_at=attempt.started_at,
                 outcome="cancelled" if in_progress else "failed",
-                error="gateway_restarted",
+                error=RESTARTED,
                 usage=usage,
                 estimated=True,
                 lines=lines,
@@ -115,7 +116,7 @@ def cancelled(opened: OpenRecord, attempts: Sequence[AttemptRecord], settled_at:
         cache_entry=None,
         status="cancelled",
         http_status=0,
-        error="gateway_restarted",
+        error=RESTARTED,
         estimated=True,
         unpriced=last is not None and last.cost is None,
         usage=last.usage if last else Usage(),
@@ -188,6 +189,10 @@ class LedgerWriter:
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
+        self.on_cancelled: Callable[[RequestRecord], None] = lambda _: None
+        """Told, in the writer's thread, of each request of a dead worker that had not settled: it may still be held
+        in budgets.
+        """
         self.sql_up = True
         """False from a failed write until the next that succeeds."""
         self.committed = 0
@@ -401,6 +406,9 @@ class LedgerWriter:
         try:
             for batch in self._orphan_batches(reader):
                 written += self._commit(batch, fresh=False)
+                for record in batch:
+                    if record.error == RESTARTED:
+                        self.on_cancelled(record)
         finally:
             reader.close()
         self.skipped += reader.skipped
