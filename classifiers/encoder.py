@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +212,8 @@ class MiniLMEncoder:
         """
         directory = directory or DATA_DIRECTORY
         entry = read_manifest(directory, "minilm")
+        # Left to itself the library keeps usage records on disk and reports them.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
             import onnxruntime
         except ImportError as error:

@@ -251,7 +251,9 @@ class Gateway:
             if provider.api_key_env is None:
                 continue
             key = self.settings.environment.get(provider.api_key_env)
-            if key:
+            if key and not (key.isascii() and key.isprintable() and " " not in key):
+                unusable[provider.name] = f"{provider.api_key_env} holds more than the bare key"
+            elif key:
                 keys[provider.name] = key
             else:
                 unusable[provider.name] = (

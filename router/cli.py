@@ -208,8 +208,11 @@ def _report(options: argparse.Namespace) -> int:
         from router.adapters.configuration import load
         from router.adapters.price_catalogue import shipped_catalogue
 
-        limits, period = load(settings.config, shipped_catalogue()).budgets(now)
-        report = reports.budgets_report(engine, settings.journals, limits, period)
+        snapshot = load(settings.config, shipped_catalogue())
+        limits, period = snapshot.budgets(now)
+        report = reports.budgets_report(
+            engine, settings.journals, limits, period, lambda team: snapshot.team_budget(team, now)
+        )
     sys.stdout.write(reports.render(report, options.format))
     return 0
 

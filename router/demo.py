@@ -468,11 +468,13 @@ class _Figures:
         now = datetime.now(UTC)
         snapshot = load(self._settings.config, shipped_catalogue())
         limits, period = snapshot.budgets(now)
-        # A team that the policy does not name has a budget of its own.
-        limits = tuple(
-            {limit.key: limit for limit in (*limits, *snapshot.resolve(TEAM, None, {}, now).budgets)}.values()
+        budgets = budgets_report(
+            self._engine,
+            self._settings.journals,
+            limits,
+            period,
+            lambda team: snapshot.team_budget(team, now),
         )
-        budgets = budgets_report(self._engine, self._settings.journals, limits, period)
         title = f"Budgets of {period}: calls to models, cache hits, and USD"
         table = _table(title, "budget", "calls", "hits", "saved", "spent", "limit", "used", "state")
         for budget in budgets.rows:

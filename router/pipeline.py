@@ -119,6 +119,7 @@ class Pipeline:
 
     def _hit(self, exchange: Exchange, stored: StoredAnswer) -> Answer:
         exchange.cache, exchange.cache_entry = "exact", stored.entry
+        exchange.stored_class = stored.prompt_class
         exchange.status, exchange.http_status = "complete", 200
         answer = stored_answer(exchange, stored)
         exchange.first_token_ms = 1000 * (self.clock.monotonic() - exchange.started)
@@ -190,7 +191,7 @@ class Pipeline:
     def _settle_follower(self, exchange: Exchange, flight: Flight) -> None:
         if flight.head is None:
             return  # the call it shared failed before an answer began: nothing was admitted
-        exchange.cache_entry = flight.leader.id
+        exchange.cache_entry, exchange.stored_class = flight.leader.id, flight.leader.prompt_class
         record = flight.leader.record
         usage, cost = (record.usage, record.cost) if record is not None else (Usage(), None)
         self.settle.from_cache(exchange, usage, cost, flight.head.model, flight.head.provider)

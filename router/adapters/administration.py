@@ -106,8 +106,12 @@ class SqlAdministration:
     def _report(self, kind: str, by: Sequence[str], since: str | None, until: str | None, form: str) -> str:
         now = self._clock.now()
         if kind == "budgets":
-            limits, period = self._watch.current.budgets(now)
-            return reports.render(reports.budgets_report(self._engine, self._journals, limits, period), form)
+            snapshot = self._watch.current
+            limits, period = snapshot.budgets(now)
+            report = reports.budgets_report(
+                self._engine, self._journals, limits, period, lambda team: snapshot.team_budget(team, now)
+            )
+            return reports.render(report, form)
         read = reports.spend_report if kind == "spend" else reports.savings_report
         report = read(self._engine, self._journals, by, _moment(since, now), _moment(until, now))
         return reports.render(report, form)

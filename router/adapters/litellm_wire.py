@@ -116,7 +116,7 @@ class LitellmWire:
     """
 
     def __init__(self, keys: Mapping[str, str], *, trust_env: bool = False) -> None:
-        self._keys = dict(keys)
+        self._keys = keys  # the mapping itself: a reload of the configuration changes it
         self._trust_env = trust_env
         self._litellm: Any = None
         self._loading = asyncio.Lock()

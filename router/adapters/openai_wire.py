@@ -38,7 +38,10 @@ class OpenAIWire:
     """
 
     def __init__(self, keys: Mapping[str, str], *, trust_env: bool = False) -> None:
-        self._authorization = {name: _bearer(name, key) for name, key in keys.items()}
+        for name, key in keys.items():
+            _bearer(name, key)
+        # The mapping itself is kept: a reload of the configuration changes it.
+        self._keys = keys
         self._trust_env = trust_env
         self._session: aiohttp.ClientSession | None = None
 
@@ -56,8 +59,8 @@ class OpenAIWire:
             "user-agent": USER_AGENT,
             "x-request-id": call.request_id,
         }
-        if authorization := self._authorization.get(provider.name):
-            headers["authorization"] = authorization
+        if key := self._keys.get(provider.name):
+            headers["authorization"] = _bearer(provider.name, key)
         url = _url(provider.base_url, call.path)
         try:
             response = await self._post(url, headers, call.body, provider.timeouts.connect)

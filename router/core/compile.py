@@ -252,6 +252,11 @@ class CompiledSnapshot:
             period=local.strftime("%Y-%m"),
         )
 
+    def team_budget(self, team: str, at: datetime) -> BudgetLimit | None:
+        """The budget of a team, named in the policy or not."""
+        key = f"team:{team}"
+        return next((limit for limit in self.resolve(team, None, {}, at).budgets if limit.key == key), None)
+
     def budgets(self, at: datetime) -> tuple[tuple[BudgetLimit, ...], str]:
         """Every budget the policy names, with the exceptions in force at `at`, and the month that falls in."""
         found: dict[str, BudgetLimit] = {}

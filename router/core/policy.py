@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from decimal import Decimal
 from typing import Literal
 
-from router.core.types import NanoUSD, PriceRecord
+from router.core.types import NanoUSD
 
 AtLimit = Literal["downgrade", "refuse"]
 SemanticMode = Literal["never", "shadow", "enforce", "certified"]

@@ -67,7 +67,8 @@ class Admission:
                 found = self._keys.find(hashed) or await self._keys.find_new(hashed)
             except UnavailableError:
                 raise Overloaded(
-                    "The gateway cannot check this key right now: its database is away. Try again.", retry_after=5
+                    "The gateway cannot check this key right now: its database is away. Try again.",
+                    retry_after=5,
                 ) from None
             if found is not None:
                 return found

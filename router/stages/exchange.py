@@ -74,6 +74,9 @@ class Exchange:
     record: RequestRecord | None = None
     """The ledger entry, once it is written."""
 
+    stored_class: str | None = None
+    """The class of the answer this request got from the cache or shared."""
+
     @property
     def prompt_class(self) -> str | None:
-        return self.verdict.prompt_class if self.verdict is not None else None
+        return self.verdict.prompt_class if self.verdict is not None else self.stored_class

@@ -64,8 +64,13 @@ def _headers(exchange: Exchange, model: str, prompt_class: str | None, words: st
         "x-farthing-class": prompt_class or "none",
         "x-farthing-cache": exchange.cache,
         "x-farthing-policy": exchange.policy.policy_hash[:16],
-        "x-farthing-decision": f"{words[:room]}; {exchange.id}",
+        "x-farthing-decision": f"{_shortened(words, room)}; {exchange.id}",
     }
+
+
+def _shortened(words: str, room: int) -> str:
+    """At most `room` characters, cut between words."""
+    return words if len(words) <= room else words[: room - 3].rpartition(" ")[0].rstrip(";:,") + "..."
 
 
 def _why(exchange: Exchange, model: str) -> str:

@@ -10,7 +10,7 @@ import csv
 import html
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -150,8 +150,15 @@ def savings_report(
     return Report(columns, _ordered(rows, by, "saved_usd"), health)
 
 
-def budgets_report(engine: Engine, journals: Path, limits: Iterable[BudgetLimit], period: str) -> Report:
-    """Every budget that has a limit or spend in `period` (`2026-11`). `spent_usd` counts an unpriced request at
+def budgets_report(
+    engine: Engine,
+    journals: Path,
+    limits: Iterable[BudgetLimit],
+    period: str,
+    team_budget: Callable[[str], BudgetLimit | None] = lambda _: None,
+) -> Report:
+    """Every budget that has a limit or spend in `period` (`2026-11`). `team_budget` gives the limit of a team that
+    `limits` does not name. `spent_usd` counts an unpriced request at
     its worst case, as the reservation does; `state` is ok, warn, at_limit or at_hard_cap.
     """
     by_key = {limit.key: limit for limit in limits}
@@ -164,6 +171,9 @@ def budgets_report(engine: Engine, journals: Path, limits: Iterable[BudgetLimit]
     except SQLAlchemyError as error:
         raise unavailable(error) from None
     rows = []
+    for key in spent.keys() - by_key.keys():
+        if key.startswith("team:") and (limit := team_budget(key.removeprefix("team:"))) is not None:
+            by_key[key] = limit
     for key in sorted(by_key.keys() | spent.keys()):
         booked = spent.get(key)
         rows.append(_budget_row(key, period, by_key.get(key), 0 if booked is None else booked.spent, booked))
