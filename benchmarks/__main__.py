@@ -277,6 +277,16 @@ class Run:
         """Milliseconds of p50 at one connection above the direct call of the same scenario."""
         return self.series[scenario, "farthing", 1].p50 - self.series[scenario, "direct", 1].p50
 
+    def ratios(self, scenario: str, connections: int) -> str:
+        """Requests a second beside those of a direct call and of nginx in this run, for a note."""
+        own = self.series[scenario, "farthing", connections].per_second
+        found = []
+        for other in ("direct", "nginx", "litellm"):
+            base = self.series.get(("named", other, connections))
+            if base is not None:
+                found.append(f"{own / base.per_second:.3g} of {other}")
+        return ", ".join(found)
+
     def beside_named(self, connections: int) -> list[Target]:
         return [self.direct, *([self.proxy] if self.proxy is not None else [])]
 
@@ -320,6 +330,8 @@ def say(text: str) -> None:
 
 def _measure(run: Run) -> None:
     parts, budgets = run.options.only, run.budgets
+    if "litellm" in parts:
+        _litellm(run)
     with contextlib.ExitStack() as stack:
         gateway = _start(run, stack)
         if "named" in parts:
@@ -328,8 +340,11 @@ def _measure(run: Run) -> None:
                 beside=run.beside_named,
             )
             rate = run.series["named", "farthing", MANY].per_second
-            budgets.append(Budget(f"named model, {MANY} connections", rate, 1200, "requests/s", True))
-            budgets.append(Budget("named model, added p50", run.added("named"), 1.0, "ms", False))
+            ratios = run.ratios("named", MANY)
+            budgets.append(Budget(f"named model, {MANY} connections", rate, 1200, "requests/s", True, ratios))
+            proxy = run.series.get(("named", "nginx", 1))
+            note = f"nginx adds {proxy.p50 - run.series['named', 'direct', 1].p50:.3f}" if proxy else ""
+            budgets.append(Budget("named model, added p50", run.added("named"), 1.0, "ms", False, note))
         if "routed" in parts:
             run.scenario(
                 *("routed", gateway, "auto", prompts.STATIC, (1, MANY), ("miss", "static")),
@@ -337,9 +352,8 @@ def _measure(run: Run) -> None:
             )
             rate = run.series["routed", "farthing", MANY].per_second
             budgets.append(Budget("routed, static encoder, added p50", run.added("routed"), 1.5, "ms", False))
-            budgets.append(
-                Budget(f"routed, static encoder, {MANY} connections", rate, 900, "requests/s", True)
-            )
+            name, ratios = f"routed, static encoder, {MANY} connections", run.ratios("routed", MANY)
+            budgets.append(Budget(name, rate, 900, "requests/s", True, ratios))
         if "transformer" in parts:
             close = prompts.close_prompts(CLOSE_RATE * run.options.seconds * run.options.rounds)
             found = prompts.pieces(close[-1])
@@ -358,7 +372,8 @@ def _measure(run: Run) -> None:
                 hits=True,
             )
             rate = run.series["hits", "farthing", MANY].per_second
-            budgets.append(Budget("exact cache hit, twin", rate, 2500, "requests/s", True))
+            note = run.ratios("hits", MANY)
+            budgets.append(Budget("exact cache hit, twin", rate, 2500, "requests/s", True, note))
         if "streams" in parts:
             fast = run.streams(gateway, "fast-stream", 2500)
             paced = run.streams(gateway, "paced-stream", 500)
@@ -369,8 +384,6 @@ def _measure(run: Run) -> None:
             )
     if "valkey" in parts:
         _valkey(run)
-    if "litellm" in parts:
-        _litellm(run)
     if "installed" in parts:
         size, how = installed_size(run.folder)
         budgets.append(Budget("installed size, runtime only", size, 700, "MiB", False, how))
@@ -426,7 +439,7 @@ def _valkey(run: Run) -> None:
         )
         run.generator.key = key
     rate = run.series["hits-valkey", "farthing", MANY].per_second
-    run.budgets.append(Budget(name, rate, 1500, "requests/s", True))
+    run.budgets.append(Budget(name, rate, 1500, "requests/s", True, run.ratios("hits-valkey", MANY)))
 
 
 def _litellm(run: Run) -> None:
@@ -438,7 +451,11 @@ def _litellm(run: Run) -> None:
         )
         return
     with contextlib.ExitStack() as stack:
-        proxy = LitellmProxy(Path(venv), run.folder / "litellm", run.upstream.url, run.key)
+        try:
+            proxy = LitellmProxy(Path(venv), run.folder / "litellm", run.upstream.url, run.key)
+        except RuntimeError as error:
+            run.notes.append(f"litellm's proxy was left out, it did not start: {error}")
+            return
         stack.callback(proxy.close)
         target = Target("litellm", proxy.url, proxy.process)
         for _ in range(run.options.rounds):

@@ -2,8 +2,8 @@
 
     python -m benchmarks.client load|streams '{"url": ..., "key": ..., ...}'
 
-It prints one line of JSON. One process of Python sends at most some thousands of requests a second: what is
-faster than that, this client measures as its own ceiling.
+It prints one line of JSON. It shares the machine with what it measures and takes more of it than wrk does: what is
+faster than some ten thousand requests a second is measured as this client's own ceiling.
 """
 
 from __future__ import annotations

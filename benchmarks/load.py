@@ -50,7 +50,7 @@ class LoadGenerator:
     def name(self) -> str:
         if self._wrk:
             return "wrk"
-        return "the bundled Python client (wrk is not installed; its ceiling is some thousand requests/s)"
+        return "the bundled Python client (wrk is not installed; its ceiling is lower)"
 
     def run(
         self,

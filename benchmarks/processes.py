@@ -90,9 +90,11 @@ class Process:
                     return time.perf_counter() - self.started
             except (OSError, urllib.error.URLError):
                 time.sleep(0.005)
+        self.close()
         raise RuntimeError(f"{self._process.args!r} did not get ready: {self.log.read_text()[-2000:]}")
 
     def close(self) -> None:
+        """Ends it, however far it came; twice is once."""
         self._process.terminate()
         try:
             self._process.wait(20)
