@@ -69,7 +69,7 @@ teams: { search: { budget: { month: 1000, hard_cap: 1000 } } }
 
 
 def expected_nano(call: dict[str, Any]) -> int:
-    """One call's cost. Each bucket is rounded half to even to a whole nano-USD, as design.md section 6 books lines."""
+    """One call's cost; each bucket is rounded half to even to a whole nano-USD."""
     bought, cached, sold = (Decimal(price) for price in PRICES[call["model"]])
     parts = (
         ((call["prompt_tokens"] - call["cached_tokens"]), bought),
@@ -169,7 +169,8 @@ async def one_run(verdict: Verdict, database: str | None, count: int, where: Pat
             )
             hits = sum(row["cache"] == "exact" for row in rows.values())
             verdict.say(
-                f"{hits} answered by the cache or a shared call, {sum(c['cached_tokens'] > 0 for c in calls)} calls with cached input"
+                f"{hits} answered by the cache or a shared call, "
+                f"{sum(c['cached_tokens'] > 0 for c in calls)} calls with cached input"
             )
             reports(verdict, gateway, rows, by_request)
             checked = gateway.cli("ledger", "verify")

@@ -176,7 +176,7 @@ def holds(gateway: Gateway, redis: str | None, where: Path, patience: float) -> 
     cap = f"{(spent + room) / 10**9:.9f}"
     gateway.write(
         policy=re.sub(
-            r"month: 0\.5, at_limit: refuse, hard_cap: 0\.5",
+            rf"month: {CAP}, at_limit: refuse, hard_cap: {CAP}",
             f"month: {cap}, at_limit: refuse, hard_cap: {cap}",
             text,
         )

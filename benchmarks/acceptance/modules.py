@@ -42,7 +42,12 @@ def imported(where: Path, provider: Provider, *, admin: bool) -> set[str]:
     )
     with gateway:
         key = gateway.key("search")
-        for fields in ({"model": "small"}, {"model": "auto"}, {"model": "auto", "stream": True}, {"model": "small"}):
+        for fields in (
+            {"model": "small"},
+            {"model": "auto"},
+            {"model": "auto", "stream": True},
+            {"model": "small"},
+        ):
             answer = gateway.chat(key, f"What is {fields}?", **fields)
             assert answer.status_code == 200, answer.text
         if admin:
@@ -62,7 +67,9 @@ async def main() -> int:
         plain = imported(where / "plain", provider, admin=False)
         for name in HEAVY:
             verdict.say(f"{name}: {'imported' if name in plain else 'not in sys.modules'}")
-        verdict.say(f"fastapi without an admin plane: {'imported' if 'fastapi' in plain else 'not in sys.modules'}")
+        verdict.say(
+            f"fastapi without an admin plane: {'imported' if 'fastapi' in plain else 'not in sys.modules'}"
+        )
         verdict.check(not plain & set(NEVER), f"none of {', '.join(NEVER)} in {len(plain)} top-level modules")
         verdict.check("fastapi" not in plain, "fastapi stays away from a gateway without an admin plane")
         administered = imported(where / "admin", provider, admin=True)
