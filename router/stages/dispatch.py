@@ -40,6 +40,8 @@ MAX_ERROR_BODY = 64 * 1024
 LONGEST_WAIT = 2.0
 """Seconds a Retry-After is waited for; a longer one makes the next model answer at once."""
 FIRST_WAIT = 0.1
+IDLE_SLACK = 0.25
+"""Seconds a stream may be silent beyond its idle timeout, at most a tenth of it."""
 
 _DONE = b"[DONE]"
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
@@ -81,7 +83,7 @@ class _Trial:
 
 
 class Dispatch:
-    """`wires` by name of wire; `pause` sleeps between retries; `draw` gives the jitter in [0, 1)."""
+    """`wires` by name of wire; `draw` gives the jitter of a pause before a retry, in [0, 1)."""
 
     def __init__(
         self,
@@ -207,6 +209,7 @@ class Dispatch:
         loop = asyncio.get_running_loop()
         timeouts = trial.provider.timeouts
         end = loop.time() + timeouts.total
+        due = 0.0
         tap = trial.tap = StreamTap(client_wants_usage=True)
         held: list[bytes] = []
         bound = self._output_held(exchange, trial)
@@ -237,10 +240,16 @@ class Dispatch:
                 raise broken
             if tap.content_frames > bound:
                 bound = await self._extend(exchange, trial, bound)
-            # A reader that takes its time is no silence of the provider's.
-            deadline.reschedule(end)
-            await flight.room()
-            deadline.reschedule(min(loop.time() + timeouts.idle, end))
+            if flight.ahead:
+                # A reader that takes its time is no silence of the provider's.
+                deadline.reschedule(end)
+                due = 0.0
+                await flight.room()
+            idle_end = min(loop.time() + timeouts.idle, end)
+            if idle_end > due:
+                # Moving the timer costs more than passing a chunk on: it is set a little late, and seldom.
+                due = min(idle_end + min(IDLE_SLACK, timeouts.idle / 10), end)
+                deadline.reschedule(due)
         for frame in tap.finish():
             flight.append(frame)
         if not tap.complete:
