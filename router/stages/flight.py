@@ -109,9 +109,14 @@ class Flight:
             self._forget()
         self._wake()
 
+    @property
+    def ahead(self) -> bool:
+        """Whether every subscriber is more than AHEAD bytes behind."""
+        return bool(self._subscribers) and self._behind() > AHEAD
+
     async def room(self) -> None:
-        """Waits while every subscriber is more than AHEAD bytes behind."""
-        while self._subscribers and self._behind() > AHEAD:
+        """Waits while it is ahead."""
+        while self.ahead:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 
