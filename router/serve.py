@@ -138,9 +138,16 @@ def _server(app: Any) -> _Server:
 
 
 async def run_worker(
-    settings: Settings, data: socket.socket, admin: socket.socket | None, worker: str = "worker"
+    settings: Settings,
+    data: socket.socket,
+    admin: socket.socket | None,
+    worker: str = "worker",
+    parent: int | None = None,
 ) -> None:
-    """One gateway on these sockets, until SIGTERM or SIGINT; SIGHUP reloads the configuration."""
+    """One gateway on these sockets, until SIGTERM or SIGINT; SIGHUP reloads the configuration.
+
+    `parent` is the reading end of a pipe that the supervisor holds open: its end is the supervisor's.
+    """
     from router.app import Gateway
 
     gateway = Gateway(settings, worker)
@@ -160,6 +167,14 @@ async def run_worker(
                 server.force_exit = True
             server.should_exit = True
 
+    def orphaned(descriptor: int) -> None:
+        # Nobody would replace or end this worker any more, and it holds the port.
+        loop.remove_reader(descriptor)
+        log.error("the supervisor is gone, this worker ends")
+        end()
+
+    if parent is not None:
+        loop.add_reader(parent, orphaned, parent)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
     loop.add_signal_handler(signal.SIGHUP, gateway.watch.reload)
@@ -236,6 +251,7 @@ class _Supervisor:
         }
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
             [sys.executable, "-m", "router.serve", json.dumps(arguments)],
+            stdin=subprocess.PIPE,  # never written to: it ends with this process
             pass_fds=[sock.fileno() for sock in sockets],
             env=worker_environment(settings, {}),
         )
@@ -264,7 +280,9 @@ def _worker_main(text: str) -> int:
     sockets = [socket.socket(fileno=number) for number in arguments["sockets"]]
     admin = sockets[1] if len(sockets) > 1 else None
     try:
-        _run(run_worker(settings, sockets[0], admin, f"worker-{arguments['index']}"))
+        _run(
+            run_worker(settings, sockets[0], admin, f"worker-{arguments['index']}", parent=sys.stdin.fileno())
+        )
     except ConfigurationError as error:
         print(f"farthing: {error}", file=sys.stderr)
         return 2
