@@ -23,6 +23,12 @@ FAULTS = (
     "no_usage",
     "redirect",
     "not_json",
+    # odd, and yet whole answers
+    "crlf",
+    "bytewise",
+    "gzip",
+    "no_done",
+    "usage_with_choices",
 )
 PRICES = {"small": ("0.10", "0.40"), "middle": ("1", "4"), "frontier": ("5", "20")}
 _QUALITY = {

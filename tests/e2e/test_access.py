@@ -217,3 +217,19 @@ def test_a_stopped_gateway_lets_requests_end(
     assert all(answer.text.rstrip().endswith("data: [DONE]") for answer in answers)
     gateway.start()
     assert all(gateway.row(a.headers["x-request-id"])["status"] == "complete" for a in answers)
+
+
+def test_a_settled_request_is_in_the_report_within_half_a_second(gateway: Gateway, unique: Unique) -> None:
+    slowest = 0.0
+    for _ in range(5):
+        answer = gateway.chat(gateway.key("search"), unique("Hi"))
+        began = time.monotonic()
+        gateway.row(answer.headers["x-request-id"])
+        slowest = max(slowest, time.monotonic() - began)
+    assert slowest < 0.5
+    report = json.loads(gateway.cli("report", "spend", "--by", "team", "--format", "json").stdout)
+    assert report["data_health"]["unsettled"] == 0
+    row = next(row for row in report["rows"] if row["team"] == "search")
+    booked = [r for r in gateway.rows() if r["team"] == "search"]
+    assert row["requests"] == len(booked)
+    assert Decimal(str(row["cost_usd"])) == Decimal(sum(r["cost"] or 0 for r in booked)) / 10**9

@@ -122,6 +122,35 @@ def test_a_broken_answer_is_not_cached(gateway: Gateway, unique: Unique) -> None
     assert second.headers.get("x-farthing-cache", "miss") == "miss"
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
+@pytest.mark.parametrize("oddity", ["crlf", "bytewise", "gzip", "no-done", "usage-with-choices"])
+def test_an_odd_answer_that_is_whole_reaches_the_client(
+    gateway: Gateway, provider: Provider, unique: Unique, oddity: str, stream: bool
+) -> None:
+    client = gateway.openai(gateway.key("search"))
+    messages: Any = [{"role": "user", "content": unique("H\u00e9, \u4f60\u597d")}]
+    if stream:
+        with client.chat.completions.with_streaming_response.create(
+            model=f"bad-{oddity}", messages=messages, stream=True
+        ) as response:
+            chunks = list(response.parse())
+        headers = response.headers
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        finish = [c.choices[0].finish_reason for c in chunks if c.choices][-1]
+    else:
+        raw = client.chat.completions.with_raw_response.create(model=f"bad-{oddity}", messages=messages)
+        headers, choice = raw.headers, raw.parse().choices[0]
+        text, finish = choice.message.content or "", choice.finish_reason
+    assert text
+    assert finish == "stop"
+    row = gateway.row(headers["x-request-id"])
+    assert (row["status"], row["estimated"]) == ("complete", False)
+    served = next(c for c in provider.calls(headers["x-request-id"]) if c["complete"])
+    assert row["tokens_output"] == served["completion_tokens"]
+    if oddity != "gzip":
+        assert row["served_model"] == f"bad-{oddity}"
+
+
 def test_no_usage_is_an_estimate(gateway: Gateway, unique: Unique) -> None:
     for stream in (False, True):
         answer = gateway.chat(gateway.key("search"), unique("Hi"), model="bad-no-usage", stream=stream)
