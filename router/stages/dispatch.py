@@ -284,8 +284,10 @@ class Dispatch:
         status = self._health.status(trial.provider.name, trial.model.name, self._clock.monotonic())
         rate = status.tokens_per_second or trial.model.expect_tokens_per_second
         # What of the whole time was the wait for the first token, at the rate this model writes with.
-        writing = usage.output_total / rate if rate else 0.0
-        self._health.first_token(trial.model.name, max(seconds - writing, 0.0), self._clock.monotonic())
+        # Without a known rate the two cannot be told apart, and nothing is recorded.
+        if rate:
+            waited = max(seconds - usage.output_total / rate, 0.0)
+            self._health.first_token(trial.model.name, waited, self._clock.monotonic())
         self._begin(exchange, flight, trial, reply)
         flight.append(body)
         self._succeeded(exchange, trial, usage, estimated, complete=facts.complete)
