@@ -12,7 +12,7 @@ import pytest
 from router.core.errors import RequestError, UpstreamFailed
 from router.stages.exchange import Exchange
 from router.stages.flight import AHEAD, KEEP, Flight, FlightLost, Flights, Head, Subscription
-from tests.unit.pipeline_parts import GOOD_STREAM, Rig, Script, chunk, eventually
+from tests.unit.pipeline_parts import GOOD_ANSWER, GOOD_STREAM, Rig, Script, chunk, eventually
 
 HEAD = Head("m", "p", {})
 Run = Callable[[Exchange, Flight], Awaitable[None]]
@@ -271,3 +271,46 @@ async def test_each_follower_keeps_its_own_deadline() -> None:
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(rig.ask(stream=True), 0.05)
     assert (await patient).endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+async def test_a_request_may_be_cancelled_at_any_step(stream: bool, shared: bool) -> None:
+    """Whatever was opened is settled once, and no money stays held."""
+    ended: set[str] = set()
+    for steps in range(60):
+        rig = Rig()
+        rig.wire.scripts["first"] = [
+            Script(chunk("Hello"), 0.0, *GOOD_STREAM) if stream else Script(0.0, GOOD_ANSWER)
+        ]
+        task = asyncio.create_task(rig.ask("capped", stream=stream, max_tokens=100))
+        other = asyncio.create_task(rig.ask("capped", stream=stream, max_tokens=100)) if shared else None
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        results = await asyncio.gather(task, *([other] if other else []), return_exceptions=True)
+        await eventually(lambda rig=rig: len(rig.journal.settled) >= len(rig.journal.opened))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        opened, settled = [r.id for r in rig.journal.opened], [r.id for r in rig.journal.settled]
+        assert sorted(opened) == sorted(settled), steps
+        assert await rig.held() == 0, steps
+        assert len(rig.flights) == 0
+        assert all(reply.closed for reply in rig.wire.replies)
+        if shared:
+            assert isinstance(results[1], bytes), f"the other one is served, {steps}: {results[1]!r}"
+        ended |= {r.status for r in rig.journal.settled} or {"nothing"}
+    assert ended >= {"complete", "cancelled"} - ({"cancelled"} if shared else set())
+    assert "complete" in ended
+
+
+async def test_a_follower_never_costs_what_the_leader_paid() -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [Script(chunk("Hello"), 0.05, *GOOD_STREAM)]
+    await asyncio.gather(*(rig.ask("capped", stream=number % 2 == 0, max_tokens=100) for number in range(6)))
+    await eventually(lambda: len(rig.journal.settled) == 6)
+    leaders = [r for r in rig.journal.settled if r.attempts]
+    assert len(leaders) == 1
+    for record in rig.journal.settled:
+        if record is not leaders[0]:
+            assert (record.cost, record.cache, record.cache_entry) == (0, "exact", leaders[0].id)
