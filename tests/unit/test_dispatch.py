@@ -287,3 +287,24 @@ def test_retries_stay_within_their_share() -> None:
         budget.request()
         taken += budget.take()
     assert 195 <= taken <= 205
+
+
+# -- latency --
+
+
+async def test_a_long_json_answer_is_no_slow_start() -> None:
+    rig = Rig()
+    for number in range(6):
+        await rig.ask(messages=[{"role": "user", "content": f"{number}"}])
+    assert rig.health.status("one", "first", 1.0).first_token_p95 is None, "no rate is known"
+    rig.health.rate("first", 100, 1.0)
+    for number in range(6, 12):
+        await rig.ask(messages=[{"role": "user", "content": f"{number}"}])
+    assert rig.health.status("one", "first", 1.0).first_token_p95 is not None
+
+
+async def test_a_stream_tells_its_first_token() -> None:
+    rig = Rig()
+    for number in range(6):
+        await rig.ask(stream=True, messages=[{"role": "user", "content": f"{number}"}])
+    assert rig.health.status("one", "first", 1.0).first_token_p95 == 0.0
