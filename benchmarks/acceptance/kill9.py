@@ -14,6 +14,8 @@ import contextlib
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ async def main() -> int:
                 return wanted - {row["id"] for row in gateway.rows()}
 
             with contextlib.suppress(AssertionError):
-                until(lambda allowed=int(torn): len(missing()) <= allowed, "the rows are there", 5)
+                until(partial(few, missing, int(torn)), "the rows are there", 5)
             gone = missing()
             if torn:
                 lost_to_tear |= gone
@@ -107,6 +109,10 @@ async def main() -> int:
         checked = gateway.cli("ledger", "verify")
         verdict.check(checked.returncode == 0, f"ledger verify: {checked.stdout.strip()[-200:]}")
     return verdict.finish()
+
+
+def few(missing: Callable[[], set[str]], allowed: int) -> bool:
+    return len(missing()) <= allowed
 
 
 async def _head(http: Any, url: str, key: str, number: int, at: int, heads: list[str]) -> None:

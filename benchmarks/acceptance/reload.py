@@ -70,7 +70,7 @@ def probes(ask_it: Asker, provider: Provider) -> dict[str, tuple[Probe, Any, Any
 
     def model(*arguments: Any, **fields: Any) -> str:
         answer = ask_it(*arguments, **fields)
-        return answer.headers.get("x-farthing-model", str(answer.status_code))
+        return str(answer.headers.get("x-farthing-model", answer.status_code))
 
     def under(team: str, app: str | None, budget: str) -> bool:
         return budget in ask_it.row(ask_it(team, app))["budgets"]
@@ -100,7 +100,7 @@ def probes(ask_it: Asker, provider: Provider) -> dict[str, tuple[Probe, Any, Any
 
     def pii() -> str:
         answer = ask_it("search", headers={"x-farthing-tags": "data=pii"}, prompt=medium)
-        return answer.headers.get("x-farthing-model") or answer.json()["error"]["code"]
+        return str(answer.headers.get("x-farthing-model") or answer.json()["error"]["code"])
 
     return {
         "01": (lambda: under("support", None, "team:support"), False, True),

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import sqlalchemy as sa
+from openai import AsyncOpenAI, OpenAI
 
 from router.adapters.sql.database import migrate, open_engine
 from router.adapters.sql.keys import create_key
@@ -199,13 +199,13 @@ class Gateway:
 
     # -- talking to it --
 
-    def openai(self, key: str, **options: Any) -> openai.OpenAI:
+    def openai(self, key: str, **options: Any) -> OpenAI:
         options.setdefault("max_retries", 0)
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
 
-    def async_openai(self, key: str, **options: Any) -> openai.AsyncOpenAI:
+    def async_openai(self, key: str, **options: Any) -> AsyncOpenAI:
         options.setdefault("max_retries", 0)
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
 
     def http(self, key: str) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {key}"}, timeout=PATIENCE)
@@ -231,7 +231,10 @@ class Gateway:
 
     def row(self, request_id: str) -> dict[str, Any]:
         """The ledger row of a request, once it is written."""
-        return until(lambda: self._find(request_id), f"request {request_id} is in the ledger")
+        found: dict[str, Any] = until(
+            lambda: self._find(request_id), f"request {request_id} is in the ledger"
+        )
+        return found
 
     def _find(self, request_id: str) -> dict[str, Any] | None:
         with self.engine.connect() as connection:

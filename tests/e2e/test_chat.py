@@ -20,7 +20,7 @@ MESSAGE = {"role": "user", "content": "Say hello"}
 def cost_of(call: dict[str, Any], prices: tuple[str, str]) -> Decimal:
     """What the provider's own log says a call costs, in USD."""
     bought, sold = (Decimal(price) for price in prices)
-    return (call["prompt_tokens"] * bought + call["completion_tokens"] * sold) / 1_000_000
+    return Decimal(call["prompt_tokens"] * bought + call["completion_tokens"] * sold) / 1_000_000
 
 
 @pytest.mark.parametrize("model", ["small", "auto"])

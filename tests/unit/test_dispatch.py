@@ -224,7 +224,7 @@ async def test_the_body_carries_the_upstreams_names() -> None:
 @pytest.mark.parametrize("asked", [False, True])
 async def test_usage_frames_go_to_those_who_asked(asked: bool) -> None:
     rig = Rig()
-    options = {"stream_options": {"include_usage": True}} if asked else {}
+    options: dict[str, Any] = {"stream_options": {"include_usage": True}} if asked else {}
     told = events(await rig.ask(stream=True, **options))
     assert any(event != "[DONE]" and json.loads(event)["usage"] for event in told) is asked
     assert rig.record.usage.output == 2

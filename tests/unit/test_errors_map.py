@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -88,16 +89,17 @@ def test_a_fault_of_ours_says_nothing_of_its_cause() -> None:
 # -- routes --
 
 
+def data_plane_without_parts() -> DataPlane:
+    parts: dict[str, Any] = {
+        name: None
+        for name, parameter in inspect.signature(DataPlane).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+    }
+    return DataPlane(**parts)
+
+
 def test_every_route_has_a_handler_and_a_cost_class() -> None:
-    plane = DataPlane.__new__(DataPlane)
-    DataPlane.__init__(
-        plane,
-        **{
-            name: None
-            for name, parameter in inspect.signature(DataPlane.__init__).parameters.items()
-            if name != "self" and parameter.default is inspect.Parameter.empty
-        },
-    )
+    plane = data_plane_without_parts()
     assert set(plane._handlers) == {route.path for route in ROUTES}
     assert all(route.cost in ("metered", "free") for route in ROUTES)
     assert {route.path for route in ROUTES if "POST" in route.methods} <= {
@@ -106,15 +108,7 @@ def test_every_route_has_a_handler_and_a_cost_class() -> None:
 
 
 def test_metered_routes_go_through_the_pipeline_and_free_ones_do_not() -> None:
-    plane = DataPlane.__new__(DataPlane)
-    DataPlane.__init__(
-        plane,
-        **{
-            name: None
-            for name, parameter in inspect.signature(DataPlane.__init__).parameters.items()
-            if name != "self" and parameter.default is inspect.Parameter.empty
-        },
-    )
+    plane = data_plane_without_parts()
     for route in ROUTES:
         source = inspect.getsource(plane._handlers[route.path])
         assert ("_pipeline.answer" in source) == (route.cost == "metered"), route.path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -124,7 +125,7 @@ async def test_a_failure_before_the_head_reaches_every_reader() -> None:
 async def test_a_slow_reader_holds_the_call_back() -> None:
     async def run(_: Exchange, flight: Flight) -> None:
         flight.begin(HEAD)
-        for _ in range(100):
+        for _number in range(100):
             flight.append(b"x" * 10_000)
             await flight.room()
 
@@ -138,7 +139,7 @@ async def test_a_slow_reader_holds_the_call_back() -> None:
 async def test_the_fastest_reader_sets_the_pace() -> None:
     async def run(_: Exchange, flight: Flight) -> None:
         flight.begin(HEAD)
-        for _ in range(100):
+        for _number in range(100):
             flight.append(b"x" * 10_000)
             await flight.room()
 
@@ -151,7 +152,7 @@ async def test_the_fastest_reader_sets_the_pace() -> None:
 async def test_a_reader_that_leaves_frees_a_call_that_waits_for_it() -> None:
     async def run(_: Exchange, flight: Flight) -> None:
         flight.begin(HEAD)
-        for _ in range(100):
+        for _number in range(100):
             flight.append(b"x" * 10_000)
             await flight.room()
 
@@ -165,7 +166,7 @@ async def test_a_reader_that_leaves_frees_a_call_that_waits_for_it() -> None:
 async def test_memory_is_bounded_and_a_reader_left_behind_is_told() -> None:
     async def run(_: Exchange, flight: Flight) -> None:
         flight.begin(HEAD)
-        for _ in range(100):
+        for _number in range(100):
             flight.append(b"x" * 100_000)
             await flight.room()
 
@@ -196,6 +197,10 @@ async def test_flights_forget_what_has_landed() -> None:
 
 
 # -- in the pipeline --
+
+
+def all_settled(rig: Rig) -> bool:
+    return len(rig.journal.settled) >= len(rig.journal.opened)
 
 
 async def test_identical_requests_share_one_call_and_the_leader_pays() -> None:
@@ -289,7 +294,7 @@ async def test_a_request_may_be_cancelled_at_any_step(stream: bool, shared: bool
             await asyncio.sleep(0)
         task.cancel()
         results = await asyncio.gather(task, *([other] if other else []), return_exceptions=True)
-        await eventually(lambda rig=rig: len(rig.journal.settled) >= len(rig.journal.opened))
+        await eventually(partial(all_settled, rig))
         for _ in range(5):
             await asyncio.sleep(0)
         opened, settled = [r.id for r in rig.journal.opened], [r.id for r in rig.journal.settled]

@@ -67,11 +67,12 @@ def test_an_edit_says_what_it_should_and_leaves_the_rest_alone(
     body: tuple[str, dict[str, Any]], changes: dict[str, Any], data: st.DataObject
 ) -> None:
     text, fields = body
-    if fields and data.draw(st.booleans()):
-        changes = {**changes, data.draw(st.sampled_from(list(fields))): "replaced"}
+    replaces, renames_one = data.draw(st.tuples(st.booleans(), st.booleans()))
+    if fields and replaces:
+        changes = {**changes, data.draw(st.sampled_from(sorted(fields))): "replaced"}
     renames: dict[str, str] = {}
     free = [name for name in fields if name not in changes]
-    if free and data.draw(st.booleans()):
+    if free and renames_one:
         renames[data.draw(st.sampled_from(free))] = "renamed_field_of_this_test"
     parsed = parse_object(text.encode())
     edited = edit(text, parsed.spans, changes, renames)
