@@ -30,11 +30,13 @@ PRICES = {
     "small": ("0.100000001", "0.025", "0.400000003"),
     "middle": ("1.10", "0.55", "4.40"),
     "frontier": ("5", "0.5", "19.999999999"),
+    "long": ("1.10", "0.55", "4.40"),  # answers that last long enough to be cut
 }
 QUALITY = {
     "small": ("0.95", "0.80", "0.45"),
     "middle": ("0.97", "0.93", "0.75"),
     "frontier": ("0.99", "0.97", "0.94"),
+    "long": ("0.1", "0.1", "0.1"),
 }
 TEAMS = ("search", "support", "research")
 PROMPTS = (
@@ -62,7 +64,7 @@ def configuration(url: str) -> tuple[str, str]:
 apiVersion: farthing/v1
 baseline: frontier
 classes: { simple: { min_quality: 0.9 }, medium: { min_quality: 0.9 }, complex: { min_quality: 0.9 } }
-defaults: { allow: [small, middle, frontier], fallback: [middle, frontier] }
+defaults: { allow: [small, middle, frontier, long], fallback: [middle, frontier] }
 teams: { search: { budget: { month: 1000, hard_cap: 1000 } } }
 """
     return providers_yaml(models, {"sim": f'{{ wire: openai, base_url: "{url}" }}'}), policy
@@ -84,6 +86,7 @@ async def one_run(verdict: Verdict, database: str | None, count: int, where: Pat
         "small:first_token=5ms,tps=800,typical=40,cached_from=20",
         "middle:first_token=5ms,tps=800,typical=40,cached_from=20",
         "frontier:first_token=10ms,tps=800,typical=60,cached_from=20",
+        "long:first_token=10ms,tps=250,typical=1000",
     )
     dice = random.Random(7)
     with contextlib.closing(provider):
@@ -107,11 +110,14 @@ async def one_run(verdict: Verdict, database: str | None, count: int, where: Pat
                 if history and dice.random() < 0.2:
                     body["messages"] = [*history, *body["messages"]]
                 if cut:
-                    body["max_tokens"] = 400
-                    body["n"] = 4  # long enough to be cut before its end
+                    body["model"] = "long"
                 async with gate:
                     answer = await ask(
-                        http, gateway.url, keys[number % 3], body, leave_after=600 if cut else None
+                        http,
+                        gateway.url,
+                        keys[number % 3],
+                        body,
+                        leave_after=dice.randint(1, 20_000) if cut else None,
                     )
                 return answer, cut
 
