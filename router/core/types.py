@@ -12,6 +12,8 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal, NewType
 
+from router.core.learning import Label
+
 NanoUSD = NewType("NanoUSD", int)
 NANO_PER_USD = 1_000_000_000
 
@@ -215,6 +217,9 @@ class RequestRecord:
     `baseline` is the cost of the same usage on the reference model. The savings identity holds in integers:
     baseline - cost = routing_savings + cache_savings - overhead, where overhead is the cost of attempts that
     did not serve the answer. All of them are None when the cost or the baseline has no known price.
+
+    What follows `attempts` is there only where the policy learns: `features` packed for the encoder named beside
+    them (`classifiers.prompt_features`), `prompt` only with `keep_prompts`, `labels` from automatic signals.
     """
 
     id: str
@@ -260,6 +265,10 @@ class RequestRecord:
     first_token_ms: float | None
     duration_ms: float
     attempts: tuple[Attempt, ...]
+    features: bytes | None = None
+    features_encoder: str | None = None
+    prompt: str | None = None
+    labels: tuple[Label, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+from router.core.learning import Label
 from router.core.types import (
     BUCKETS,
     Attempt,
@@ -113,6 +114,22 @@ def settled(
         costs.append(_attempt(0, Usage(input=7), priced, "cut"))
     costs.append(_attempt(len(costs), usage, priced, "complete"))
     return _request(request_id, team, app, usage, baseline, costs, changes)
+
+
+def labelled(request: RequestRecord, source: str = "refusal", **changes: Any) -> Label:
+    """A label of the model that served it."""
+    label = Label(
+        request_id=request.id,
+        model=request.served_model or "",
+        score=0.0,
+        weight=0.5,
+        source=source,
+        propensity=request.propensity,
+        at=OPENED,
+        key_id=request.key_id,
+        team=request.team,
+    )
+    return replace(label, **changes)
 
 
 def _attempt(index: int, usage: Usage, priced: PriceRecord, outcome: Any) -> Attempt:

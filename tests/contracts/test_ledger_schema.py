@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from router.adapters.sql.database import (
 from router.adapters.sql.ledger import Ledger, adjust
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.types import Usage
-from tests.contracts.ledger_records import OPENED, new_id, settled
+from tests.contracts.ledger_records import OPENED, labelled, new_id, settled
 
 pytest_plugins = ["tests.contracts.sql_databases"]
 
@@ -76,6 +77,7 @@ def test_starts_at_the_same_time_do_not_break_each_other(empty_database_url: str
 @pytest.mark.parametrize("table", schema.APPEND_ONLY)
 def test_rows_are_append_only(engine: Engine, table: str) -> None:
     request = settled(new_id(), usage=Usage(input=100))
+    request = replace(request, labels=(labelled(request),))
     Ledger(engine).write([request], fresh=True)
     adjust(engine, request.id, 5, "invoice", "finops", OPENED)
     column = next(iter(schema.metadata.tables[table].columns)).name

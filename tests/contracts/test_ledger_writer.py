@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,16 @@ from router.adapters.sql.verify import verify
 from router.adapters.sql.writer import LedgerWriter
 from router.core.errors import UnavailableError
 from router.core.types import NanoUSD, Usage
-from tests.contracts.ledger_records import FixedClock, attempted, new_id, opened, price, settled
+from tests.contracts.ledger_records import (
+    OPENED,
+    FixedClock,
+    attempted,
+    labelled,
+    new_id,
+    opened,
+    price,
+    settled,
+)
 
 pytest_plugins = ["tests.contracts.sql_databases"]
 
@@ -371,3 +381,49 @@ async def test_kill_9_loses_no_request_and_books_none_twice(
     result = verify(engine, tmp_path)
     assert (result.differences, result.unsettled) == ([], 0)
     assert journal_folders(tmp_path) == []
+
+
+async def test_features_and_labels_are_booked_with_their_request(engine: Engine, tmp_path: Path) -> None:
+    first = settled(
+        new_id(), features=b"\x00\x01\xff", features_encoder="static-1", prompt="Wie geht\u0000s?"
+    )
+    again = settled(new_id())
+    repeated = labelled(first, "repeated", weight=0.1)
+    first = replace(first, labels=(labelled(first), labelled(first, "truncated", score=0.25)))
+    again = replace(again, labels=(repeated, labelled(again)))
+    third = replace(settled(new_id()), labels=(repeated,))
+    with worker(engine, tmp_path) as (journal, writer):
+        for request in (first, again, third):
+            journal.settle(request)
+        await writer.flush()
+        assert writer.rejected == 0
+    [row] = rows(engine, schema.request_features)
+    assert (row["request_id"], row["encoder_id"]) == (first.id, "static-1")
+    assert bytes(row["features"]) == b"\x00\x01\xff"
+    assert row["prompt"] == ("Wie geht\ufffds?" if engine.dialect.name == "postgresql" else first.prompt)
+    found = {(row["request_id"], row["source"], row["score"]) for row in rows(engine, schema.labels)}
+    assert found == {
+        (first.id, "refusal", 0.0),
+        (first.id, "truncated", 0.25),
+        (first.id, "repeated", 0.0),
+        (again.id, "refusal", 0.0),
+    }
+    assert len(rows(engine, schema.labels)) == 4
+    assert {row["at"] for row in rows(engine, schema.labels)} == {OPENED}
+
+
+async def test_a_journal_of_before_learning_replays(engine: Engine, tmp_path: Path) -> None:
+    dead = JournalFile(tmp_path)
+    request = settled(new_id())
+    old = msgspec.to_builtins(request, builtin_types=(datetime,))
+    for name in ("features", "features_encoder", "prompt", "labels"):
+        del old[name]
+    body = struct.pack("<BB", SETTLE, len(request.id)) + request.id.encode() + msgspec.msgpack.encode(old)
+    os.write(dead._file, struct.pack("<II", len(body), zlib.crc32(body)) + body)
+    kill(dead)
+    with worker(engine, tmp_path, adopt_every=60) as (_, writer):
+        assert await writer.replay() == 1
+        assert writer.rejected == 0
+    [row] = rows(engine, schema.requests)
+    assert (row["id"], row["cost"]) == (request.id, request.cost)
+    assert rows(engine, schema.request_features) == rows(engine, schema.labels) == []

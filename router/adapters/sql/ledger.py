@@ -23,11 +23,14 @@ from router.adapters.sql.schema import (
     budget_spend,
     cost_lines,
     iso_utc,
+    labels,
     price_records,
+    request_features,
     requests,
     spend_rollup,
 )
 from router.core.errors import ConfigurationError
+from router.core.learning import Label
 from router.core.types import BudgetWindow, PriceRecord, RequestRecord
 
 log = logging.getLogger(__name__)
@@ -128,6 +131,9 @@ class Ledger:
         self._insert_request = _sql(requests, mark)
         self._insert_attempt = _sql(attempts, mark)
         self._insert_line = _sql(cost_lines, mark)
+        self._insert_features = _sql(request_features, mark)
+        # A request may be labelled by several later ones for the same reason; once is enough.
+        self._insert_label = _sql(labels, mark, " ON CONFLICT DO NOTHING")
         self._add_rollup = _sql(spend_rollup, mark, _adding(spend_rollup, ROLLUP_KEY, ROLLUP_SUMS))
         self._add_budget = _add_budget(mark)
         self._known_prices: set[str] = set()
@@ -154,6 +160,8 @@ class Ledger:
         request_rows: list[tuple[Any, ...]] = []
         attempt_rows: list[tuple[Any, ...]] = []
         line_rows: list[tuple[Any, ...]] = []
+        feature_rows: list[tuple[Any, ...]] = []
+        label_rows: list[tuple[Any, ...]] = []
         prices: dict[str, PriceRecord] = {}
         rollup: dict[tuple[str, ...], tuple[int, ...]] = {}
         budgets: dict[tuple[str, str], tuple[int, int]] = {}
@@ -242,6 +250,9 @@ class Ledger:
                             line.price_id,
                         )
                     )
+            if record.features is not None and record.features_encoder is not None:
+                feature_rows.append((request_id, record.features_encoder, record.features, record.prompt))
+            label_rows.extend(label_row(label, time(label.at)) for label in record.labels)
             key, sums = rollup_key(record), rollup_sums(record)
             before = rollup.get(key)
             rollup[key] = sums if before is None else tuple(map(int.__add__, before, sums))
@@ -258,6 +269,10 @@ class Ledger:
             run(self._insert_attempt, attempt_rows)
         if line_rows:
             run(self._insert_line, line_rows)
+        if feature_rows:
+            run(self._insert_features, feature_rows)
+        if label_rows:
+            run(self._insert_label, label_rows)
         run(self._add_rollup, [(*key, *rollup[key]) for key in sorted(rollup)])
         if budgets:
             run(self._add_budget, [(*key, *budgets[key]) for key in sorted(budgets)])
@@ -275,6 +290,24 @@ class Ledger:
             price.source,
             price.contract,
         )
+
+
+def label_row(label: Label, at: Any, revision: int = 0) -> tuple[Any, ...]:
+    """A row of `labels`, in the order of its columns. `at` is what the driver takes for `label.at`."""
+    return (
+        "lbl_" + secrets.token_hex(8),
+        label.request_id,
+        label.model,
+        label.score,
+        label.weight,
+        label.source,
+        label.propensity,
+        at,
+        label.key_id,
+        label.team,
+        label.comment,
+        revision,
+    )
 
 
 def _unchanged(value: datetime) -> datetime:

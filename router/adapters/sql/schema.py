@@ -20,19 +20,21 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Table,
     Text,
+    UniqueConstraint,
 )
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from router.core.types import BUCKETS
 
-SCHEMA_VERSION = "0001"
+SCHEMA_VERSION = "0002"
 """The migration this code needs; compared at start without loading alembic."""
 
-APPEND_ONLY = ("price_records", "requests", "attempts", "cost_lines", "adjustments")
+APPEND_ONLY = ("price_records", "requests", "attempts", "cost_lines", "adjustments", "labels")
 
 
 def iso_utc(value: datetime) -> str:
@@ -263,3 +265,49 @@ budget_spend = Table(
     Column("spent", BigInteger, nullable=False),
     Column("requests", BigInteger, nullable=False),
 )
+
+request_features = Table(
+    "request_features",
+    metadata,
+    Column("request_id", Text, ForeignKey("requests.id"), primary_key=True),
+    Column("encoder_id", Text, nullable=False),
+    Column("features", LargeBinary, nullable=False),
+    Column("prompt", Text),
+)
+"""Not append-only: what a person wrote can be taken out again."""
+
+labels = Table(
+    "labels",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("request_id", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("score", Float(53), nullable=False),
+    Column("weight", Float(53), nullable=False),
+    Column("source", Text, nullable=False),
+    Column("propensity", Float(53), nullable=False),
+    Column("at", UTCTime, nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("team", Text, nullable=False),
+    Column("comment", Text),
+    Column("revision", Integer, nullable=False),
+    UniqueConstraint("request_id", "model", "source", "key_id", "revision", name="uq_labels_request_id"),
+    Index("ix_labels_at", "at"),
+)
+"""The newest revision counts. No foreign key: a label about an earlier request must never keep its own from being
+booked."""
+
+artefacts = Table(
+    "artefacts",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("created_at", UTCTime, nullable=False),
+    Column("encoder_id", Text, nullable=False),
+    Column("content", LargeBinary, nullable=False),
+    Column("sha256", Text, nullable=False),
+    Column("card", Text, nullable=False),
+    Column("active", Boolean, nullable=False),
+    Column("activated_at", UTCTime),
+)
+"""`sha256` is of `content`, `card` JSON. At most one of a kind is active; none: the priors decide."""
