@@ -188,6 +188,36 @@ def _policy_explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def _policy_history(options: argparse.Namespace) -> int:
+    from router.adapters.sql.policies import policy_history
+
+    versions = policy_history(_engine(read_settings()), options.limit)
+    if options.json:
+        print(json.dumps([{"hash": v.hash, "loaded_at": v.loaded_at.isoformat()} for v in versions]))
+        return 0
+    for version in versions:
+        print(f"{version.hash}  {version.loaded_at.isoformat()}")
+    if not versions:
+        print("No version yet: a gateway records each one it loads.")
+    return 0
+
+
+def _policy_rollback(options: argparse.Namespace) -> int:
+    from router.adapters.configuration import roll_back
+    from router.adapters.price_catalogue import shipped_catalogue
+    from router.adapters.sql.policies import policy_version
+
+    settings = read_settings(config=options.config)
+    version = policy_version(_engine(settings), options.hash)
+    if version is None:
+        raise ConfigurationError(
+            f"No version begins with '{options.hash}'. 'farthing policy history' lists what gateways have loaded."
+        )
+    roll_back(settings.config, version.providers, version.policy, shipped_catalogue())
+    print(f"{settings.config} holds version {version.hash} again; running gateways load it within seconds.")
+    return 0
+
+
 # -- reports, ledger, prices --
 
 
@@ -389,6 +419,13 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--tag", action="append", metavar="KEY=VALUE")
     explain.add_argument("--at", metavar="MOMENT", help="as if at this moment (ISO 8601)")
     explain.add_argument("--json", action="store_true")
+
+    history = add(policy, "history", _policy_history, "The versions that gateways have loaded, newest first")
+    history.add_argument("--limit", type=_count, default=20)
+    history.add_argument("--json", action="store_true")
+    rollback = add(policy, "rollback", _policy_rollback, "Write a recorded version back into the two files")
+    config(rollback)
+    rollback.add_argument("hash", help="its hash, or how it begins")
 
     report = add(commands, "report", _report, "Reports over the ledger")
     config(report)

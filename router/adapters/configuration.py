@@ -35,6 +35,21 @@ def load(directory: Path, catalogue: Catalogue, now: datetime | None = None) -> 
     return _accepted(lint(directory, catalogue, now))
 
 
+def roll_back(directory: Path, providers: str, policy: str, catalogue: Catalogue) -> None:
+    """Writes both files of an earlier version, each in one step, after they were checked.
+
+    Raises ConfigurationError where they no longer load (a model that left the catalogue, an older format).
+    """
+    _accepted(_lint((providers.encode("utf-8"), policy.encode("utf-8")), catalogue, datetime.now(UTC)))
+    for name, text in ((PROVIDERS_FILE, providers), (POLICY_FILE, policy)):
+        fresh = directory / f".{name}.new"
+        try:
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(directory / name)
+        except OSError as error:
+            raise ConfigurationError(f"{directory / name} cannot be written ({error.strerror})") from None
+
+
 def _lint(contents: _Contents, catalogue: Catalogue, now: datetime) -> Loaded:
     providers, policy = contents
     return load_texts(_decoded(PROVIDERS_FILE, providers), _decoded(POLICY_FILE, policy), catalogue, now)
