@@ -13,7 +13,7 @@ from router.core.policy import EffectivePolicy
 from router.core.ports import Clock
 from router.core.pricing import price_usage, total
 from router.core.types import PROMPT_CLASSES, NanoUSD, PromptClass
-from router.stages.exchange import Exchange
+from router.stages.exchange import Exchange, serving
 
 
 class Decide:
@@ -63,15 +63,15 @@ class Decide:
         advice, plan = exchange.advice, exchange.plan
         if advice is None or not advice.done() or advice.cancelled() or advice.exception() is not None:
             return None
-        if plan is None or not exchange.attempts or exchange.attempts[-1].cost is None:
+        served = serving(exchange.attempts)
+        if plan is None or served is None or served.cost is None:
             return None
         freed = replace(exchange.policy, substitute=True)
         other = _choice(self.plan(exchange, freed, advice.result()))
         price = exchange.prices.get(other) if other is not None else None
         if price is None:
             return None
-        served = exchange.attempts[-1]
-        return NanoUSD((served.cost or 0) - total(price_usage(served.usage, price)))
+        return NanoUSD(served.cost - total(price_usage(served.usage, price)))
 
 
 def _question(exchange: Exchange, verdict: Verdict | None) -> Question:

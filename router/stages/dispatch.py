@@ -31,7 +31,7 @@ from router.core.pricing import price_usage, total
 from router.core.tokens import estimate_tokens
 from router.core.types import Attempt, AttemptOutcome, AttemptRecord, NanoUSD, Usage
 from router.stages.exchange import Exchange
-from router.stages.flight import Flight, Head, UsageFrame
+from router.stages.flight import AnswerSink, Head, UsageFrame
 from router.stages.reserve import Reserve, output_held, worst_case_of
 
 MAX_ATTEMPTS = 3
@@ -77,6 +77,8 @@ class _Trial:
     provider: ProviderSpec
     record: AttemptRecord
     started: float
+    total: float
+    """Seconds it may take at most."""
     tap: StreamTap | None = None
     status: int | None = None
     first_token: float | None = None
@@ -102,8 +104,8 @@ class Dispatch:
         self._draw = draw
         self._retries = RetryBudget()
 
-    async def run(self, exchange: Exchange, flight: Flight) -> None:
-        """Fills the flight with the answer and the exchange with its attempts. Raises RequestError when every
+    async def run(self, exchange: Exchange, sink: AnswerSink) -> None:
+        """Fills the sink with the answer and the exchange with its attempts. Raises RequestError when every
         model failed before the first byte.
         """
         assert exchange.plan is not None
@@ -115,7 +117,7 @@ class Dispatch:
             if index and not await self._may_try_again(exchange, name, index, len(models), failure):
                 break
             try:
-                await self._attempt(exchange, flight, name, index)
+                await self.attempt(exchange, sink, name, index)
                 return
             except RequestError as rejected:
                 failure = rejected
@@ -147,7 +149,13 @@ class Dispatch:
             await asyncio.sleep(wait * (1 + 0.2 * self._draw()))
         return True
 
-    async def _attempt(self, exchange: Exchange, flight: Flight, name: str, index: int) -> None:
+    async def attempt(
+        self, exchange: Exchange, sink: AnswerSink, name: str, index: int, within: float | None = None
+    ) -> None:
+        """One call, booked on the exchange. `within`: seconds it may take at most, beside its own timeouts.
+
+        Raises UpstreamError or RequestError where it failed before the first byte was sent.
+        """
         snapshot = exchange.snapshot
         model = snapshot.models[name]
         provider = snapshot.providers[model.provider]
@@ -160,7 +168,8 @@ class Dispatch:
             self._clock.now(),
             exchange.prices.get(name),
         )
-        trial = _Trial(index, model, provider, record, self._clock.monotonic())
+        total_seconds = provider.timeouts.total if within is None else min(within, provider.timeouts.total)
+        trial = _Trial(index, model, provider, record, self._clock.monotonic(), total_seconds)
         call = UpstreamCall(
             provider,
             model,
@@ -169,27 +178,27 @@ class Dispatch:
             exchange.request.stream,
             exchange.id,
         )
-        flight.drain = provider.drain
+        sink.drain = provider.drain
         self._journal.attempt(record)
         self._health.trying(provider.name, name, trial.started)
         reply: UpstreamReply | None = None
         try:
             # A JSON answer often sends its headers only with its end, so only its whole time is bounded.
-            patience = provider.timeouts.first_token if exchange.request.stream else provider.timeouts.total
-            async with asyncio.timeout(patience) as deadline:
+            patience = provider.timeouts.first_token if exchange.request.stream else total_seconds
+            async with asyncio.timeout(min(patience, total_seconds)) as deadline:
                 reply = await self._wires[provider.wire].send(call)
                 trial.status = reply.status
                 if reply.status != 200:
                     await self._refused(trial, reply)
                 elif exchange.request.stream:
-                    await self._stream(exchange, flight, trial, reply, deadline)
+                    await self._stream(exchange, sink, trial, reply, deadline)
                 else:
-                    await self._whole(exchange, flight, trial, reply)
+                    await self._whole(exchange, sink, trial, reply)
         except TimeoutError:
             error = UpstreamError("timeout", f"{provider.name} did not answer in time")
-            self._failed(exchange, flight, trial, error)
+            self._failed(exchange, sink, trial, error)
         except (UpstreamError, RequestError) as raised:
-            self._failed(exchange, flight, trial, _as_rejection(raised))
+            self._failed(exchange, sink, trial, _as_rejection(raised))
         except BaseException:
             self._health.abandoned(provider.name, name)
             self._book(exchange, trial, "cancelled", "client left")
@@ -201,14 +210,14 @@ class Dispatch:
     async def _stream(
         self,
         exchange: Exchange,
-        flight: Flight,
+        sink: AnswerSink,
         trial: _Trial,
         reply: UpstreamReply,
         deadline: asyncio.Timeout,
     ) -> None:
         loop = asyncio.get_running_loop()
         timeouts = trial.provider.timeouts
-        end = loop.time() + timeouts.total
+        end = loop.time() + trial.total
         due = 0.0
         tap = trial.tap = StreamTap(client_wants_usage=True)
         held: list[bytes] = []
@@ -222,46 +231,46 @@ class Dispatch:
             broken = _broken(tap)
             if tap.done and broken is not None:
                 frames = [frame for frame in frames if _DONE not in frame]
-            if flight.head is None and broken is not None:
+            if sink.head is None and broken is not None:
                 raise broken
-            if flight.head is None:
+            if sink.head is None:
                 if not tap.first_data_seen:
                     held.extend(frames)
                     continue
                 trial.first_token = self._clock.monotonic() - trial.started
                 self._health.first_token(trial.model.name, trial.first_token, self._clock.monotonic())
-                self._begin(exchange, flight, trial, reply)
+                self._begin(exchange, sink, trial, reply)
                 frames = [*held, *frames]
             if tap.usage_raw is not usage_before:
                 frames = [UsageFrame(f) if _NO_CHOICES.search(f) and b'"usage"' in f else f for f in frames]
             for frame in frames:
-                flight.append(frame)
+                sink.append(frame)
             if broken is not None:
                 raise broken
             if tap.content_frames > bound:
                 bound = await self._extend(exchange, trial, bound)
-            if flight.ahead:
+            if sink.ahead:
                 # A reader that takes its time is no silence of the provider's.
                 deadline.reschedule(end)
                 due = 0.0
-                await flight.room()
+                await sink.room()
             idle_end = min(loop.time() + timeouts.idle, end)
             if idle_end > due:
                 # Moving the timer costs more than passing a chunk on: it is set a little late, and seldom.
                 due = min(idle_end + min(IDLE_SLACK, timeouts.idle / 10), end)
                 deadline.reschedule(due)
         for frame in tap.finish():
-            flight.append(frame)
+            sink.append(frame)
         if not tap.complete:
             raise UpstreamError("cut", "the stream ended before its finish_reason")
-        if flight.head is None:
+        if sink.head is None:
             raise UpstreamError("protocol", "the stream held no event")
         seconds = self._clock.monotonic() - trial.started - (trial.first_token or 0.0)
         usage, estimated = self._usage(exchange, trial, None)
         self._health.rate(trial.model.name, usage.output_total, seconds)
         self._succeeded(exchange, trial, usage, estimated)
 
-    async def _whole(self, exchange: Exchange, flight: Flight, trial: _Trial, reply: UpstreamReply) -> None:
+    async def _whole(self, exchange: Exchange, sink: AnswerSink, trial: _Trial, reply: UpstreamReply) -> None:
         parts: list[bytes] = []
         size = 0
         async for chunk in reply.chunks():
@@ -288,13 +297,13 @@ class Dispatch:
         if rate:
             waited = max(seconds - usage.output_total / rate, 0.0)
             self._health.first_token(trial.model.name, waited, self._clock.monotonic())
-        self._begin(exchange, flight, trial, reply)
-        flight.append(body)
+        self._begin(exchange, sink, trial, reply)
+        sink.append(body)
         self._succeeded(exchange, trial, usage, estimated, complete=facts.complete)
 
-    def _begin(self, exchange: Exchange, flight: Flight, trial: _Trial, reply: UpstreamReply) -> None:
+    def _begin(self, exchange: Exchange, sink: AnswerSink, trial: _Trial, reply: UpstreamReply) -> None:
         exchange.first_token_ms = 1000 * (self._clock.monotonic() - exchange.started)
-        flight.begin(
+        sink.begin(
             Head(
                 trial.model.name,
                 trial.provider.name,
@@ -326,7 +335,7 @@ class Dispatch:
         )
 
     def _failed(
-        self, exchange: Exchange, flight: Flight, trial: _Trial, error: UpstreamError | RequestError
+        self, exchange: Exchange, sink: AnswerSink, trial: _Trial, error: UpstreamError | RequestError
     ) -> None:
         """Books the failed attempt, then raises it; after the first byte it ends the stream instead."""
         now = self._clock.monotonic()
@@ -343,20 +352,23 @@ class Dispatch:
         else:
             self._health.success(provider, name, now)  # it is up: it read the request and said no
             kind = "rejected"
-        begun = flight.head is not None
+        if kind == "budget":
+            sink.send()  # another model would not be afforded either
+        begun = sink.sent
         outcome: AttemptOutcome = "cut" if begun else "timeout" if kind == "timeout" else "failed"
         self._book(exchange, trial, outcome, kind)
         if not begun:
+            sink.retract()
             raise error
         exchange.status, exchange.error = "cut", kind
         if kind == "budget":
-            flight.append(
+            sink.append(
                 error_frame(
                     "The budget has no room for more of this answer.", "insufficient_quota", "budget_exceeded"
                 )
             )
         else:
-            flight.append(
+            sink.append(
                 error_frame("The provider's answer broke off before its end.", "server_error", "upstream_cut")
             )
 

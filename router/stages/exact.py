@@ -13,7 +13,7 @@ import msgspec
 
 from router.core.ports import CacheStore
 from router.core.types import NanoUSD, RequestRecord, Usage
-from router.stages.exchange import Exchange
+from router.stages.exchange import Exchange, serving
 
 # How an answer travels and who asks do not change what it says.
 _OUTSIDE_KEY = ("stream", "stream_options", "user", "metadata", "model", "safety_identifier")
@@ -98,10 +98,12 @@ class ExactCache:
         return stored
 
     def store(self, key: str, exchange: Exchange, record: RequestRecord, body: bytes, draw: float) -> None:
-        """Keeps a complete answer; anything else is left out. `draw` in [0, 1) spreads the ends of entries."""
+        """Keeps a complete answer nobody doubts; anything else is left out. `draw` in [0, 1) spreads their ends."""
         if record.status != "complete" or record.error is not None or not exchange.wishes.write_cache:
             return
-        served = record.attempts[-1]
+        served = serving(record.attempts)
+        if served is None or exchange.doubt is not None:
+            return
         answer = StoredAnswer(
             entry=record.id,
             stored_at=exchange.opened_at.timestamp(),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from asyncio import Future
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from classifiers.classifier import Verdict
 from router.core.decide import Plan, Question
+from router.core.learning import Label
 from router.core.policy import EffectivePolicy
 from router.core.ports import Snapshot
 from router.core.types import (
@@ -56,6 +57,12 @@ class Exchange:
     """A verdict made off the answer path, for what substituting could have saved."""
     potential_savings: NanoUSD | None = None
 
+    # learn, where the policy has it
+    features: bytes | None = None
+    features_encoder: str | None = None
+    kept_prompt: str | None = None
+    labels: tuple[Label, ...] = ()
+
     # reserve
     windows: tuple[BudgetWindow, ...] = ()
     worst_case: NanoUSD = NOTHING
@@ -64,6 +71,12 @@ class Exchange:
     # dispatch
     attempts: list[Attempt] = field(default_factory=list)
     first_token_ms: float | None = None
+
+    # cascade
+    escalated: str | None = None
+    """What was wrong with the first answer, where a stronger model's took its place."""
+    doubt: str | None = None
+    """What is wrong with the answer that was served all the same."""
 
     # how it ended
     cache: CacheOutcome = "miss"
@@ -80,3 +93,15 @@ class Exchange:
     @property
     def prompt_class(self) -> str | None:
         return self.verdict.prompt_class if self.verdict is not None else self.stored_class
+
+
+ASIDE = frozenset({"escalated", "verifier"})
+"""Errors of attempts that ended well and whose answer did not go to the caller."""
+
+
+def serving(attempts: Sequence[Attempt]) -> Attempt | None:
+    """The attempt whose answer reached the caller: the last one that did not fail and was not set aside."""
+    for attempt in reversed(attempts):
+        if attempt.outcome not in ("failed", "timeout") and attempt.error not in ASIDE:
+            return attempt
+    return None

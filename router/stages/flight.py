@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from router.stages.exchange import Exchange
 
@@ -31,6 +32,35 @@ class Head:
     headers: Mapping[str, str]
 
 
+class AnswerSink(Protocol):
+    """Where a provider's answer goes while it comes. `sent`: its first byte is out, no other takes its place."""
+
+    drain: bool
+
+    @property
+    def head(self) -> Head | None: ...
+
+    @property
+    def sent(self) -> bool: ...
+
+    @property
+    def ahead(self) -> bool: ...
+
+    async def room(self) -> None: ...
+
+    def begin(self, head: Head) -> None: ...
+
+    def append(self, frame: bytes) -> None: ...
+
+    def send(self) -> None:
+        """Passes on what was held back, and holds nothing back from here on."""
+        ...
+
+    def retract(self) -> None:
+        """Forgets an answer of which nothing was sent."""
+        ...
+
+
 class FlightLost(Exception):
     """This subscriber fell too far behind an answer that is larger than what is kept."""
 
@@ -46,7 +76,7 @@ class Flight:
         self.stream = leader.request.stream
         self.drain = False
         self.error: BaseException | None = None
-        self.head: Head | None = None
+        self._head: Head | None = None
         self._frames: list[bytes] = []
         self._dropped = 0
         self._kept = 0
@@ -97,9 +127,23 @@ class Flight:
         self._subscribers.add(subscription)
         return subscription
 
+    @property
+    def head(self) -> Head | None:
+        return self._head
+
+    @property
+    def sent(self) -> bool:
+        return self._head is not None
+
     def begin(self, head: Head) -> None:
-        self.head = head
+        self._head = head
         self._wake()
+
+    def send(self) -> None:
+        """Nothing is ever held back here."""
+
+    def retract(self) -> None:
+        """Nothing is ever held back here."""
 
     def append(self, frame: bytes) -> None:
         self._frames.append(frame)

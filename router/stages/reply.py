@@ -78,8 +78,11 @@ def _why(exchange: Exchange, model: str) -> str:
     plan, verdict = exchange.plan, exchange.verdict
     if plan is None:
         return model
-    words = [f"{model} ({plan.reason.replace('_', ' ')})"]
-    if model != plan.models[0]:
+    if exchange.escalated is not None:
+        words = [f"{model} (escalated after {exchange.escalated.replace('_', ' ')})"]
+    else:
+        words = [f"{model} ({plan.reason.replace('_', ' ')})"]
+    if exchange.escalated is None and model != plan.models[0]:
         words.append(f"after {plan.models[0]} failed")
     if verdict is not None:
         words.append(f"{verdict.prompt_class}: {verdict.reason}")

@@ -12,7 +12,7 @@ from router.core.errors import RequestError
 from router.core.ports import BudgetStore, Clock, Journal
 from router.core.pricing import price_usage, total
 from router.core.types import Attempt, NanoUSD, OpenRecord, PriceRecord, RequestRecord, Usage
-from router.stages.exchange import Exchange
+from router.stages.exchange import Exchange, serving
 from router.stages.telemetry import Telemetry
 
 _CLIENT_CLOSED = 499
@@ -33,7 +33,7 @@ class Settle:
         """Settles a request that went to a provider, or was reserved for one. None: settled before."""
         if exchange.record is not None or not exchange.reserved:
             return None
-        served = _serving(exchange.attempts)
+        served = serving(exchange.attempts)
         unpriced = any(attempt.cost is None for attempt in exchange.attempts)
         cost = None if unpriced else NanoUSD(sum(attempt.cost or 0 for attempt in exchange.attempts))
         usage = served.usage if served is not None else Usage()
@@ -156,14 +156,11 @@ class Settle:
             first_token_ms=exchange.first_token_ms,
             duration_ms=1000 * (self._clock.monotonic() - exchange.started),
             attempts=attempts,
+            features=exchange.features,
+            features_encoder=exchange.features_encoder,
+            prompt=exchange.kept_prompt,
+            labels=exchange.labels,
         )
-
-
-def _serving(attempts: list[Attempt]) -> Attempt | None:
-    """The attempt whose answer reached the caller: the last one, unless it failed before its first byte."""
-    if not attempts or attempts[-1].outcome in ("failed", "timeout"):
-        return None
-    return attempts[-1]
 
 
 def _at_price(usage: Usage, price: PriceRecord | None) -> NanoUSD | None:
