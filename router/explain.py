@@ -45,7 +45,7 @@ _SCALARS = (
     "advise",
 )
 _CACHE = ("exact", "semantic", "max_error", "ttl", "scope")
-_REQUIREMENT = ("min_quality", "first_token_p95", "total_p95")
+_REQUIREMENT = ("min_quality", "first_token_p95", "total_p95", "confidence", "cascade")
 BUILT_IN = "the default"
 
 
@@ -422,7 +422,7 @@ def _policy_lines(policy: Mapping[str, Any], prompt_class: str | None) -> Iterab
     rows = [("allow", ", ".join(policy["allow"]["value"]) or "nothing", policy["allow"]["from"])]
     for cls in (prompt_class,) if prompt_class else PROMPT_CLASSES:
         for name, setting in policy["classes"][cls].items():
-            unit = "" if name == "min_quality" or setting["value"] is None else " s"
+            unit = " s" if name.endswith("_p95") and setting["value"] is not None else ""
             rows.append((f"{cls}.{name}", f"{_or_dash(setting['value'])}{unit}", setting["from"]))
     for name in _SCALARS:
         value = policy[name]["value"]

@@ -33,6 +33,7 @@ from router.core.policy import (
     CachePolicy,
     ClassRequirement,
     EffectivePolicy,
+    LearnPolicy,
     ModelSpec,
     ProviderSpec,
     Timeouts,
@@ -105,6 +106,7 @@ class CompiledSnapshot:
         self.aliases: Mapping[str, str] = MappingProxyType(dict(policy.aliases))
         self.unknown_model: str = policy.unknown_model
         self.baseline: str | None = policy.baseline
+        self.learn: LearnPolicy | None = _learn(policy)
         self.known_tags: frozenset[str] = frozenset(_tag_keys(policy))
         self.required_key_variables: tuple[str, ...] = tuple(
             dict.fromkeys(
@@ -245,7 +247,10 @@ class CompiledSnapshot:
                 sorted((key, sorted(values)) for key, values in tags.items()),
                 named_rules,
                 named_exceptions,
-                [(cls, str(r.min_quality), r.first_token_p95, r.total_p95) for cls, r in classes.items()],
+                [
+                    (cls, str(r.min_quality), r.first_token_p95, r.total_p95, str(r.confidence), r.cascade)
+                    for cls, r in classes.items()
+                ],
                 (substitute, str(cost), when_nothing_meets, on_unpriced_model, self.baseline),
                 sorted(self.aliases.items()),
             ),
@@ -546,11 +551,30 @@ def _requirement(cls: str, layers: Sequence[Any], policy: PolicyFile) -> ClassRe
     entries = [getattr(layer, cls) for layer in (*layers, policy.classes)]
     shown = SHOWN_REQUIREMENTS[cls]
 
-    def field(name: Literal["min_quality", "first_token_p95", "total_p95"]) -> Any:
+    def field(name: Literal["min_quality", "first_token_p95", "total_p95", "confidence"]) -> Any:
         # `none` is written as a value of its own: the field is set, and to None.
         return next((getattr(e, name) for e in entries if name in e.model_fields_set), getattr(shown, name))
 
-    return ClassRequirement(field("min_quality"), field("first_token_p95"), field("total_p95"))
+    verify = next((e.cascade.verify for e in entries if e.cascade is not None), "none")
+    return ClassRequirement(
+        field("min_quality"),
+        field("first_token_p95"),
+        field("total_p95"),
+        field("confidence"),
+        None if verify == "none" else verify,
+    )
+
+
+def _learn(policy: PolicyFile) -> LearnPolicy | None:
+    learn = policy.learn
+    if learn is None:
+        return None
+    return LearnPolicy(
+        shadow=learn.shadow,
+        budget=None if learn.budget is None else nano(learn.budget.month),
+        judge=learn.judge,
+        keep_prompts=learn.keep_prompts,
+    )
 
 
 def _cache(chain: Sequence[Settings]) -> CachePolicy:
@@ -607,6 +631,8 @@ def describe(effective: EffectivePolicy) -> dict[str, Any]:
                 "min_quality": str(requirement.min_quality),
                 "first_token_p95": requirement.first_token_p95,
                 "total_p95": requirement.total_p95,
+                "confidence": None if requirement.confidence is None else str(requirement.confidence),
+                "cascade": requirement.cascade,
             }
             for cls, requirement in effective.classes.items()
         },

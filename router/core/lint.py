@@ -14,8 +14,10 @@ from router.core.document import Document, Path, Problem, read
 from router.core.schema import (
     CAPABILITIES,
     BudgetEntry,
+    ClassesEntry,
     PolicyFile,
     ProvidersFile,
+    RequirementEntry,
     RuleEntry,
     ScopedSettings,
     Settings,
@@ -132,6 +134,17 @@ def _settings(policy: PolicyFile) -> Iterator[tuple[Path, Settings]]:
         yield ("exceptions", index), exception
 
 
+def _requirements(policy: PolicyFile) -> Iterator[tuple[Path, RequirementEntry]]:
+    """Every place that says what a class must get."""
+    places: list[tuple[Path, ClassesEntry]] = [(("classes",), policy.classes)]
+    for path, settings in _settings(policy):
+        if isinstance(settings, ScopedSettings):
+            places.append(((*path, "classes"), settings.classes))
+    for path, classes in places:
+        for cls in PROMPT_CLASSES:
+            yield (*path, cls), getattr(classes, cls)
+
+
 def _reference_problems(
     document: Document, providers: ProvidersFile, policy: PolicyFile
 ) -> Iterator[Problem]:
@@ -143,6 +156,22 @@ def _reference_problems(
 
     if policy.baseline is not None:
         yield from unknown(("baseline",), policy.baseline)
+    if policy.learn is not None and policy.learn.judge is not None:
+        yield from unknown(("learn", "judge"), policy.learn.judge)
+    for path, requirement in _requirements(policy):
+        if requirement.confidence is not None and policy.learn is None:
+            yield document.problem(
+                (*path, "confidence"),
+                "without learn no traffic is labelled, so nothing can be shown and the dearest model answers",
+                "add learn: {} to the file, or remove confidence",
+            )
+        verify = None if requirement.cascade is None else requirement.cascade.verify
+        if verify is not None and verify not in ("signals", "none") and verify not in providers.models:
+            yield document.problem(
+                (*path, "cascade", "verify"),
+                f"unknown model {shown(verify)}",
+                did_you_mean(verify, ["signals", "none", *models]),
+            )
     for alias, target in policy.aliases.items():
         path: Path = ("aliases", alias)
         if alias in providers.models or alias == "auto":
@@ -260,6 +289,7 @@ class _Advice:
         yield from self._rules()
         yield from self._ended()
         yield from self._contracts()
+        yield from self._learning()
 
     def _policy(self, path: Path, message: str, remedy: str) -> Problem:
         return self.policy_document.problem(path, message, remedy, "warning")
@@ -513,6 +543,41 @@ class _Advice:
                         f"it overlaps with {other.reference}, which comes first and holds",
                         "end one where the other begins, or name different models",
                     )
+
+    def _learning(self) -> Iterator[Problem]:
+        learn = self.policy.learn
+        if learn is not None and learn.judge is not None:
+            if learn.shadow == 0:
+                yield self._policy(
+                    ("learn", "judge"),
+                    "there are no shadow answers to judge",
+                    "add shadow: 2% and a budget, or remove judge",
+                )
+            if learn.judge in self.snapshot.models and self.snapshot.price(learn.judge, self.now) is None:
+                yield self._policy(
+                    ("learn", "judge"),
+                    f"{learn.judge} has no price, so the budget cannot bound what judging costs",
+                    "price it, or name another model",
+                )
+        if learn is not None and learn.budget is not None and learn.shadow == 0:
+            yield self._policy(
+                ("learn", "budget"), "nothing is spent on learning", "add shadow: 2%, or remove budget"
+            )
+        for path, requirement in _requirements(self.policy):
+            wanted = requirement.min_quality
+            if requirement.confidence is not None and wanted is not None and wanted == 1:
+                yield self._policy(
+                    (*path, "confidence"),
+                    "min_quality 1 leaves no room for failures, so no number of labels lets a cheaper model answer",
+                    "lower min_quality, or remove confidence",
+                )
+            verify = None if requirement.cascade is None else requirement.cascade.verify
+            if verify in self.snapshot.models and self.snapshot.price(verify, self.now) is None:
+                yield self._policy(
+                    (*path, "cascade", "verify"),
+                    f"{verify} has no price, so what checking costs is unknown",
+                    "price it, or write signals",
+                )
 
 
 def _blended(price: PriceRecord) -> Decimal:

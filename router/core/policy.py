@@ -66,11 +66,33 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class ClassRequirement:
-    """What a prompt of a class must get. Latencies are seconds; None: no limit."""
+    """What a prompt of a class must get. Latencies are seconds; None: no limit.
+
+    `confidence`: with which an upper bound on the failures beyond the reference's must hold before a cheaper model
+    answers (None: the predicted success decides alone). `cascade`: who checks a cheaper model's answer before it is
+    sent: `signals` or a model's name; None: nobody.
+    """
 
     min_quality: Decimal
     first_token_p95: float | None = None
     total_p95: float | None = None
+    confidence: Decimal | None = None
+    cascade: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LearnPolicy:
+    """What may be kept and spent to learn from the installation's own traffic; without one nothing is.
+
+    `shadow`: share of requests that is also answered by another model, off the answer path. `budget`: nano-USD a
+    month for those and the judge (None: nothing). `judge`: the model that compares such a pair of answers (None: by
+    agreement). `keep_prompts`: the prompts themselves are kept, not only their features.
+    """
+
+    shadow: Decimal = Decimal(0)
+    budget: NanoUSD | None = None
+    judge: str | None = None
+    keep_prompts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

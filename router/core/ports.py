@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
-from router.core.policy import BudgetLimit, EffectivePolicy, ModelSpec, ProviderSpec
+from router.core.policy import BudgetLimit, EffectivePolicy, LearnPolicy, ModelSpec, ProviderSpec
 from router.core.types import (
     AttemptRecord,
     BudgetWindow,
@@ -43,6 +43,7 @@ class Snapshot(Protocol):
     models: Mapping[str, ModelSpec]
     aliases: Mapping[str, str]
     unknown_model: str
+    learn: LearnPolicy | None
 
     def resolve(
         self, team: str, app: str | None, tags: Mapping[str, frozenset[str]], at: datetime

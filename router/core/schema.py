@@ -168,6 +168,19 @@ def _latency(value: object) -> float | None:
     return None if value == "none" else _duration(value)
 
 
+def _confidence(value: object) -> Decimal | None:
+    if value == "none":
+        return None
+    share = _share(value)
+    if not Decimal("0.5") <= share < 1:
+        why = "is no more than a coin toss" if share < 1 else "would need endlessly many labels"
+        raise wrong(
+            f"a confidence of {shown(str(value))} {why}",
+            "write at least 50% and less than 100%, such as 95%, or none",
+        )
+    return share
+
+
 def _flag(value: object) -> bool:
     text = _text(value, "true or false", "true or false")
     if text in ("true", "false"):
@@ -312,6 +325,9 @@ Latency = Annotated[
     float | None,
     BeforeValidator(_latency),
     _json("string", pattern=r"^([0-9]+(\.[0-9]+)?(ms|s|m|h|d)|none)$", description="300ms, 2s, 4m, or none"),
+]
+Confidence = Annotated[
+    Decimal | None, BeforeValidator(_confidence), _json(_NUMERIC, description="95% or 0.95, or none")
 ]
 Flag = Annotated[bool, BeforeValidator(_flag), _json("boolean")]
 Day = Annotated[date, BeforeValidator(_date), _json("string", pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
@@ -510,12 +526,24 @@ class OrganisationEntry(Entry):
     budget: BudgetEntry | None = None
 
 
+class CascadeEntry(Entry):
+    """Who checks a cheaper model's answer before it is sent: `signals`, the name of a model, or `none`."""
+
+    verify: ModelName
+
+
 class RequirementEntry(Entry):
-    """What a prompt of one class must get; what is not named keeps its value from above. `none`: no limit."""
+    """What a prompt of one class must get; what is not named keeps its value from above. `none`: no limit.
+
+    `confidence`: a cheaper model than the reference answers only where labelled traffic shows, with this confidence,
+    that failures beyond the reference's stay below 1 - min_quality.
+    """
 
     min_quality: Share | None = None
     first_token_p95: Latency = None
     total_p95: Latency = None
+    confidence: Confidence = None
+    cascade: CascadeEntry | None = None
 
 
 class ClassesEntry(Entry):
@@ -701,6 +729,29 @@ class ExceptionEntry(ScopedSettings):
     skip_rules: list[Sentence] = []
 
 
+class LearnBudgetEntry(Entry):
+    """USD per calendar month for shadow answers and their judge."""
+
+    month: Money
+
+
+class LearnEntry(Entry):
+    """Learning from one's own traffic. `shadow`: share of requests also answered by another model, to compare;
+    `judge`: the model that compares them (none named: by agreement); `keep_prompts`: prompts are stored as well.
+    """
+
+    shadow: Share = Decimal(0)
+    budget: LearnBudgetEntry | None = None
+    judge: ModelName | None = None
+    keep_prompts: Flag = False
+
+    @model_validator(mode="after")
+    def _bounded(self) -> LearnEntry:
+        if self.shadow > 0 and self.budget is None:
+            raise wrong("shadow answers cost money, and no budget bounds them", "add budget: { month: 100 }")
+        return self
+
+
 class PolicyFile(Entry):
     """policy.yaml: who may use which models, at what quality, speed and cost. Holds no secret and no URL."""
 
@@ -710,6 +761,7 @@ class PolicyFile(Entry):
     baseline: ModelName | None = None
     aliases: dict[ModelName, ModelName] = {}
     unknown_model: UnknownModel = "auto"
+    learn: LearnEntry | None = None
     classes: ClassesEntry
     defaults: DefaultsEntry
     teams: dict[Name, TeamEntry] = {}
@@ -781,8 +833,6 @@ def _problem(document: Document, schema: Mapping[str, Any], detail: ErrorDetails
         key = str(path[-1])
         line, column = document.key_place(path)
         remedy = did_you_mean(key, _keys_at(schema, path[:-1]))
-        if path == ("learn",):
-            remedy = "remove it: the name is reserved and does nothing yet"
         return Problem(document.file, line, column, dotted(path), f"unknown key {shown(key)}", remedy)
     if kind == "missing":
         line, column = document.place(path[:-1])

@@ -79,8 +79,57 @@ VARIANTS: tuple[Variant, ...] = (
         "team", "unknown key 'team'", "did you mean 'teams'?",
     ),
     Variant(
-        "reserved section", POLICY, "contracts: []", "contracts: []\nlearn: { shadow: 1% }", "learn",
-        "learn", "unknown key 'learn'", "reserved",
+        "shadow without budget", POLICY, "contracts: []", "contracts: []\nlearn: { shadow: 2% }", "learn: { shadow: 2% }",
+        "learn", "no budget bounds them", "add budget: { month: 100 }",
+    ),
+    Variant(
+        "shadow above one", POLICY, "contracts: []", "contracts: []\nlearn: { shadow: 2, budget: { month: 100 } }", "2, budget",
+        "learn.shadow", "'2' is above 1", "write 2% or 0.02",
+    ),
+    Variant(
+        "learning budget as a number", POLICY, "contracts: []", "contracts: []\nlearn: { shadow: 2%, budget: 100 }", "100 }",
+        "learn.budget", "expected a mapping", "month",
+    ),
+    Variant(
+        "unknown judge", POLICY, "contracts: []",
+        "contracts: []\nlearn: { shadow: 2%, budget: { month: 100 }, judge: frontir }", "frontir",
+        "learn.judge", "unknown model 'frontir'", "did you mean 'frontier'?",
+    ),
+    Variant(
+        "unknown learning key", POLICY, "contracts: []", "contracts: []\nlearn: { keep_prompt: true }", "keep_prompt",
+        "learn.keep_prompt", "unknown key 'keep_prompt'", "did you mean 'keep_prompts'?",
+    ),
+    Variant(
+        "confidence without learning", POLICY, "medium:  { min_quality: 0.90,", "medium:  { min_quality: 0.90, confidence: 95%,",
+        "95%", "classes.medium.confidence", "without learn", "add learn: {}",
+    ),
+    Variant(
+        "confidence without learning, in a rule", POLICY, "{ first_token_p95: 10s }", "{ first_token_p95: 10s, confidence: 0.95 }",
+        "0.95 }", "rules[1].then.classes.simple.confidence", "without learn", "add learn: {}",
+    ),
+    Variant(
+        "confidence above one", POLICY, "medium:  { min_quality: 0.90,", "medium:  { min_quality: 0.90, confidence: 95,",
+        "95, first", "classes.medium.confidence", "above 1", "write 95% or 0.95",
+    ),
+    Variant(
+        "certainty", POLICY, "medium:  { min_quality: 0.90,", "medium:  { min_quality: 0.90, confidence: 100%,",
+        "100%", "classes.medium.confidence", "endlessly many labels", "less than 100%, such as 95%",
+    ),
+    Variant(
+        "coin toss", POLICY, "medium:  { min_quality: 0.90,", "medium:  { min_quality: 0.90, confidence: 0.05,",
+        "0.05", "classes.medium.confidence", "coin toss", "at least 50%",
+    ),
+    Variant(
+        "unknown verifier", POLICY, "medium:  { min_quality: 0.90,", "medium:  { min_quality: 0.90, cascade: { verify: signal },",
+        "signal }", "classes.medium.cascade.verify", "unknown model 'signal'", "did you mean 'signals'?",
+    ),
+    Variant(
+        "cascade as text", POLICY, "medium:  { min_quality: 0.90,", "medium:  { min_quality: 0.90, cascade: signals,",
+        "signals", "classes.medium.cascade", "expected a mapping", "verify",
+    ),
+    Variant(
+        "cascade without a verifier", POLICY, "medium:  { min_quality: 0.90,", "medium:  { min_quality: 0.90, cascade: {},",
+        "cascade", "classes.medium.cascade.verify", "'verify' is missing", "add verify",
     ),
     Variant(
         "duplicate key", POLICY, 'cost_center: "4711"', 'cost_center: "4711"\n    cost_center: "4712"',

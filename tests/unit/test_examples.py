@@ -13,6 +13,8 @@ import pytest
 from router.adapters.price_catalogue import shipped_catalogue, shipped_policies
 from router.core.compile import CompiledSnapshot, describe
 from router.core.lint import load
+from router.core.policy import LearnPolicy
+from router.core.types import NanoUSD
 
 EXAMPLES = shipped_policies() / "examples"
 FOLDERS = sorted(path.name for path in EXAMPLES.iterdir() if path.is_dir())
@@ -54,8 +56,8 @@ def changes(folder: str, at: datetime = DAY, **tags: str) -> dict[tuple[str, str
     return found
 
 
-def test_there_are_the_ten_edits() -> None:
-    assert [name[:2] for name in FOLDERS] == [f"{number:02d}" for number in range(1, 11)]
+def test_there_are_the_eleven_edits() -> None:
+    assert [name[:2] for name in FOLDERS] == [f"{number:02d}" for number in range(1, 12)]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -173,6 +175,13 @@ def test_fallback_order() -> None:
 
 def test_substitute_for_one_team() -> None:
     assert changes("10-substitute-for-one-team") == {("support", None): {"substitute": True}}
+
+
+def test_learn_from_own_traffic() -> None:
+    assert changes("11-learn-from-own-traffic") == {}, "what may serve whom stays as it is"
+    before, after = (snapshot("11-learn-from-own-traffic", side).learn for side in ("before", "after"))
+    assert before is None
+    assert after == LearnPolicy(Decimal("0.02"), NanoUSD(100_000_000_000), "frontier", keep_prompts=False)
 
 
 @pytest.mark.parametrize("name", ["providers.yaml", "policy.yaml"])

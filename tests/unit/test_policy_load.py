@@ -20,8 +20,9 @@ from router.adapters.price_catalogue import shipped_catalogue, shipped_policies
 from router.core.catalogue import Catalogue
 from router.core.document import read
 from router.core.lint import Loaded, load
-from router.core.policy import Timeouts
+from router.core.policy import LearnPolicy, Timeouts
 from router.core.schema import PolicyFile, json_schema, json_schema_text, typed
+from router.core.types import NanoUSD
 from tests.unit.broken_variants import VARIANTS, Variant
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -393,3 +394,79 @@ def test_a_typed_file_is_frozen() -> None:
 def test_the_wheel_and_the_checkout_hold_the_same_files() -> None:
     names = {path.name for path in Path(POLICIES).iterdir()}
     assert names >= {"policy.yaml", "providers.yaml", "prices.json", "quality.json", "examples"}
+
+
+# -- learning --
+
+LEARN = "\nlearn: { shadow: 2%, budget: { month: 100 }, judge: frontier }\n"
+
+
+def test_learning_is_off_unless_the_policy_says_so() -> None:
+    assert loaded().snapshot is not None
+    assert loaded().snapshot.learn is None  # type: ignore[union-attr]
+    found = loaded(policy=POLICY_TEXT + "\nlearn: {}\n")
+    assert found.problems == ()
+    assert found.snapshot is not None
+    assert found.snapshot.learn == LearnPolicy(Decimal(0), None, None, keep_prompts=False)
+
+
+def test_learning_is_compiled_to_exact_amounts() -> None:
+    found = loaded(policy=POLICY_TEXT + LEARN.replace(" }\n", ", keep_prompts: true }\n"))
+    assert found.problems == ()
+    assert found.snapshot is not None
+    assert found.snapshot.learn == LearnPolicy(
+        Decimal("0.02"), NanoUSD(100_000_000_000), "frontier", keep_prompts=True
+    )
+
+
+def test_what_a_class_asks_for_comes_from_the_nearest_place_that_says_it() -> None:
+    text = (
+        (POLICY_TEXT + LEARN)
+        .replace(
+            "medium:  { min_quality: 0.90,",
+            "medium:  { min_quality: 0.90, confidence: 95%, cascade: { verify: signals },",
+        )
+        .replace(
+            "faq-bot: { cache: { semantic: enforce } }",
+            "faq-bot: { classes: { medium: { confidence: none, cascade: { verify: frontier } } } }",
+        )
+        .replace(
+            "    cost_center:", "    classes: { medium: { cascade: { verify: none } } }\n    cost_center:", 1
+        )
+    )
+    found = loaded(policy=text)
+    assert found.problems == (), [str(problem) for problem in found.problems]
+    snapshot = found.snapshot
+    assert snapshot is not None
+
+    def asked(team: str, app: str | None) -> tuple[Decimal | None, str | None]:
+        requirement = snapshot.resolve(team, app, {}, NOW).classes["medium"]
+        return requirement.confidence, requirement.cascade
+
+    assert asked("elsewhere", None) == (Decimal("0.95"), "signals")
+    assert asked("search", None) == (Decimal("0.95"), None)
+    assert asked("search", "faq-bot") == (None, "frontier")
+    plain = loaded(policy=POLICY_TEXT).snapshot
+    assert plain is not None
+    assert (
+        plain.resolve("elsewhere", None, {}, NOW).fingerprint
+        != snapshot.resolve("elsewhere", None, {}, NOW).fingerprint
+    ), "an answer made under other demands is not taken from the cache"
+
+
+def test_learning_that_does_nothing_or_cannot_be_bounded_is_warned_about() -> None:
+    def policy(learn: str, old: str = "", new: str = "") -> str:
+        return POLICY_TEXT.replace(old, new) + f"\nlearn: {learn}\n"
+
+    found = loaded(policy=policy("{ judge: frontier }"))
+    assert "no shadow answers to judge; add shadow" in warning(found, "learn.judge")
+    found = loaded(policy=policy("{ budget: { month: 100 } }"))
+    assert "nothing is spent on learning; add shadow" in warning(found, "learn.budget")
+    unpriced = PROVIDERS_TEXT + "\n  free: { provider: openai, context: 8000 }\n"
+    found = loaded(unpriced, policy("{ shadow: 2%, budget: { month: 1 }, judge: free }"))
+    assert "free has no price" in warning(found, "learn.judge")
+    medium = "medium:  { min_quality: 0.90,"
+    found = loaded(policy=policy("{}", medium, "medium:  { min_quality: 100%, confidence: 95%,"))
+    assert "no number of labels" in warning(found, "classes.medium.confidence")
+    found = loaded(unpriced, policy("{}", medium, "medium:  { cascade: { verify: free },"))
+    assert "what checking costs is unknown; price it" in warning(found, "classes.medium.cascade.verify")

@@ -16,7 +16,7 @@ EXAMPLES = ROOT / "policies" / "examples"
 
 def test_every_command_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", TEXT, re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     script = "\n".join(blocks).replace("/tmp/farthing-trial", str(tmp_path / "trial"))
     environment = {
         **os.environ,
@@ -27,13 +27,13 @@ def test_every_command_runs(tmp_path: Path) -> None:
         ["bash", "-eu"], input=script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("No problems found.") == 4
+    assert done.stdout.count("No problems found.") == 5
     assert "Traceback" not in done.stderr
 
 
 def test_each_printed_edit_is_the_one_of_its_example() -> None:
     printed = re.findall(r"```diff\n(.*?)```.*?policies/examples/([\w-]+)/after", TEXT, re.S)
-    assert len(printed) == 3
+    assert len(printed) == 4
     for diff, folder in printed:
         sides = [
             (EXAMPLES / folder / f"{side}.policy.yaml").read_text(encoding="utf-8").splitlines()
