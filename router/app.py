@@ -42,6 +42,7 @@ from router.stages.decide import Decide
 from router.stages.dispatch import Dispatch
 from router.stages.exact import ExactCache
 from router.stages.flight import Flights
+from router.stages.learn import Learn
 from router.stages.reserve import Reserve
 from router.stages.semantic import ShadowSemanticCache
 from router.stages.settle import Settle
@@ -110,6 +111,7 @@ class Gateway:
             exact=ExactCache(self._caches, settings.secret),
             flights=Flights(),
             classify=Classify(self._classifier, self._executor),
+            learn=Learn(self._classifier.static, self._clock),
             semantic=ShadowSemanticCache(self._classifier.static, settings.secret, self._telemetry),
             decide=Decide(self._health, self._clock),
             reserve=reserve,

@@ -23,6 +23,7 @@ from router.stages.dispatch import Dispatch
 from router.stages.exact import ExactCache, StoredAnswer
 from router.stages.exchange import Exchange
 from router.stages.flight import Flight, Flights, Head, Subscription, UsageFrame
+from router.stages.learn import Learn
 from router.stages.normalise import conversation_of, named_model, normalise_chat
 from router.stages.reply import Answer, stored_answer, streamed_answer, whole_answer
 from router.stages.reserve import Reserve
@@ -50,6 +51,7 @@ class Pipeline:
     exact: ExactCache
     flights: Flights
     classify: Classify
+    learn: Learn
     semantic: SemanticCache
     decide: Decide
     reserve: Reserve
@@ -138,6 +140,7 @@ class Pipeline:
         """The way of a request that needs a model."""
         policy, snapshot = exchange.policy, exchange.snapshot
         exchange.prices = {name: snapshot.price(name, exchange.opened_at) for name in policy.allow}
+        self.learn.note_prompt(exchange)
         if len(policy.allow) > 1 and (exchange.reference is None or policy.substitute):
             exchange.verdict = await self.classify.verdict(
                 exchange.request.prompt, lambda verdict: self.decide.could_change(exchange, verdict)
@@ -162,6 +165,7 @@ class Pipeline:
         elif flight.error is not None:
             note_failure(exchange, flight.error)
         exchange.potential_savings = self.decide.potential(exchange)
+        self.learn.note_answer(exchange, flight.body)
         record = self.settle.dispatched(exchange)
         body = flight.body
         if record is not None and body is not None and flight.key is not None:

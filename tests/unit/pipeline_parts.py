@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 from classifiers.classifier import Classifier
+from classifiers.encoder import Encoder
 from router.adapters.memory import (
     ManualClock,
     MemoryBudgetStore,
@@ -32,6 +33,7 @@ from router.stages.decide import Decide
 from router.stages.dispatch import Dispatch
 from router.stages.exact import ExactCache
 from router.stages.flight import Flights
+from router.stages.learn import Learn
 from router.stages.reserve import Reserve
 from router.stages.settle import Settle
 
@@ -167,7 +169,9 @@ def _snapshot(providers: str, policy: str) -> Snapshot:
 class Rig:
     """`ask` runs one request to its end; the parts are there to look at."""
 
-    def __init__(self, providers: str = PROVIDERS, policy: str = POLICY) -> None:
+    def __init__(
+        self, providers: str = PROVIDERS, policy: str = POLICY, encoder: Encoder | None = None
+    ) -> None:
         self.clock = ManualClock()
         self.wire = ScriptedWire()
         self.journal = MemoryJournal()
@@ -187,6 +191,7 @@ class Rig:
             exact=ExactCache(self.caches, SECRET),
             flights=self.flights,
             classify=Classify(cast(Classifier, None), ThreadPoolExecutor(1)),
+            learn=Learn(cast(Encoder, encoder), self.clock),
             semantic=_NoSemantic(),
             decide=Decide(self.health, self.clock),
             reserve=reserve,
