@@ -44,7 +44,7 @@ class Learn:
 
     def note_prompt(self, exchange: Exchange) -> None:
         """Before a request is classified."""
-        learn = getattr(exchange.snapshot, "learn", None)
+        learn = exchange.snapshot.learn
         if learn is None:
             return
         prompt = exchange.request.prompt
@@ -55,7 +55,7 @@ class Learn:
 
     def note_answer(self, exchange: Exchange, body: bytes | None) -> None:
         """Once an answer has ended, before its request is settled. `body` is in the form the caller asked for."""
-        if getattr(exchange.snapshot, "learn", None) is None or exchange.status != "complete":
+        if exchange.snapshot.learn is None or exchange.status != "complete":
             return
         served = serving(exchange.attempts)
         if served is None:

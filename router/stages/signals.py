@@ -126,7 +126,10 @@ def _choices(request: ChatRequest, body: bytes, streamed: bool) -> list[dict[str
             return [{"finish_reason": reason} for reason in _reasons(body)]
         return _listed(json.loads(sse_to_json(body)))
     # One choice of text, by far the most: its pieces are joined as they are escaped, and read once.
-    choice: dict[str, Any] = {"finish_reason": next(iter(_reasons(body)), None)}
+    ended = _reasons(body)
+    if not ended:
+        raise ValueError("the stream is not complete")
+    choice: dict[str, Any] = {"finish_reason": ended[0]}
     wanted = MAX_ANSWER if request.body.get("response_format") is not None else MAX_SHORT_STREAM
     if len(body) <= wanted:
         text = b"".join(match.group(1) for match in _CONTENT.finditer(body))

@@ -1,0 +1,106 @@
+"""What is kept of a request to learn from, and when: only where the policy has `learn`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from classifiers import features, prompt_features
+from classifiers.encoder import DATA_DIRECTORY, StaticEncoder
+from router.core.types import RequestRecord
+from tests.unit.pipeline_parts import GOOD_ANSWER, GOOD_STREAM, POLICY, Rig, Script, chunk
+
+LEARN = POLICY + "learn: {}\n"
+KEEP = POLICY + "learn: { keep_prompts: true }\n"
+PROMPT = "Please explain how the tides come about."
+REFUSED = json.loads(GOOD_ANSWER)
+REFUSED["choices"][0]["message"]["content"] = "I'm sorry, but I can't help with that."
+CUT = (*GOOD_STREAM[:2], chunk(finish="length"), *GOOD_STREAM[3:])
+
+
+@pytest.fixture(scope="module")
+def encoder() -> StaticEncoder:
+    return StaticEncoder.load(Path(DATA_DIRECTORY))
+
+
+async def settle(rig: Rig, prompt: str = PROMPT, **fields: Any) -> RequestRecord:
+    await rig.ask(messages=[{"role": "user", "content": prompt}], **fields)
+    return rig.journal.settled[-1]
+
+
+async def test_nothing_is_kept_without_learn() -> None:
+    rig = Rig()  # its encoder is None: using it would fail
+    rig.wire.scripts["first"] = [Script(json.dumps(REFUSED).encode())]
+    record = await settle(rig)
+    assert (record.features, record.features_encoder, record.prompt, record.labels) == (None, None, None, ())
+
+
+async def test_features_travel_with_the_record_and_the_prompt_only_when_asked(encoder: StaticEncoder) -> None:
+    record = await settle(Rig(policy=LEARN, encoder=encoder))
+    assert record.features is not None
+    assert (record.features_encoder, record.prompt, record.labels) == (encoder.id, None, ())
+    found = prompt_features.unpack(record.features, encoder.dimensions)
+    assert np.allclose(found[: encoder.dimensions], encoder.encode((PROMPT,))[0], atol=1e-3)
+    assert np.allclose(found[encoder.dimensions :], features.structure(PROMPT), atol=0.01)
+    assert PROMPT.encode() not in record.features
+    assert (await settle(Rig(policy=KEEP, encoder=encoder))).prompt == PROMPT
+
+
+def test_features_of_another_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="hold 10 numbers"):
+        prompt_features.unpack(b"\0" * 20, 256)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_signals_become_labels_of_the_model_that_answered(encoder: StaticEncoder, stream: bool) -> None:
+    rig = Rig(policy=LEARN, encoder=encoder)
+    rig.wire.scripts["first"] = [Script(*CUT) if stream else Script(json.dumps(REFUSED).encode())]
+    record = await settle(rig, stream=stream)
+    [label] = record.labels
+    assert (label.source, label.score, label.weight) == (
+        ("truncated", 0.0, 0.3) if stream else ("refusal", 0.0, 0.5)
+    )
+    assert (label.request_id, label.model, label.team) == (record.id, "first", "search")
+    assert (label.key_id, label.propensity, label.at) == (record.key_id, record.propensity, rig.clock.now())
+
+
+async def test_an_answer_that_failed_is_not_judged(encoder: StaticEncoder) -> None:
+    rig = Rig(policy=LEARN, encoder=encoder)
+    rig.wire.scripts["first"] = [Script(*GOOD_STREAM[:2])]
+    record = await settle(rig, stream=True)
+    assert record.status == "cut"
+    assert record.features is not None
+    assert record.labels == ()
+
+
+FRESH = {"cache-control": "no-cache"}
+
+
+async def test_the_same_prompt_again_labels_the_earlier_answer(encoder: StaticEncoder) -> None:
+    rig = Rig(policy=LEARN, encoder=encoder)
+    first = await settle(rig)
+    hit = await settle(rig)
+    assert (hit.cache, hit.labels, hit.features) == ("exact", (), None)
+    rig.clock.advance(599)
+    again = await settle(rig, headers=FRESH)
+    [label] = again.labels
+    assert (label.request_id, label.model, label.source, label.score) == (first.id, "first", "repeated", 0.0)
+    assert label.weight < 0.3
+    rig.clock.advance(601)
+    assert (await settle(rig, headers=FRESH)).labels == ()
+
+
+async def test_other_people_and_short_words_are_no_repetition(encoder: StaticEncoder) -> None:
+    rig = Rig(policy=LEARN, encoder=encoder)
+    for changes in (
+        {"user": "ann"},
+        {"user": "bob"},
+        {"team": "alone"},
+        {"prompt": "yes"},
+        {"prompt": "yes"},
+    ):
+        assert (await settle(rig, headers=FRESH, **changes)).labels == ()
