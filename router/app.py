@@ -37,6 +37,7 @@ from router.core.types import BudgetWindow, RequestRecord
 from router.pipeline import Pipeline
 from router.settings import Settings, without_password
 from router.stages.admit import Admission
+from router.stages.cascade import Cascade
 from router.stages.classify import Classify
 from router.stages.decide import Decide
 from router.stages.dispatch import Dispatch
@@ -105,6 +106,7 @@ class Gateway:
         identifiers = RequestIdentifiers()
         draw = random.Random().random  # noqa: S311 - spreads load and samples; guards nothing
         reserve = Reserve(self._budgets)
+        dispatch = Dispatch(self._wires, reserve, self._journal, self._health, self._clock, draw)
         pipeline = Pipeline(
             configuration=lambda: self.watch.current,
             admission=self._admission,
@@ -115,7 +117,7 @@ class Gateway:
             semantic=ShadowSemanticCache(self._classifier.static, settings.secret, self._telemetry),
             decide=Decide(self._health, self._clock),
             reserve=reserve,
-            dispatch=Dispatch(self._wires, reserve, self._journal, self._health, self._clock, draw),
+            cascade=Cascade(dispatch, reserve, self._clock),
             settle=Settle(self._journal, self._budgets, self._telemetry, self._clock),
             clock=self._clock,
             draw=draw,

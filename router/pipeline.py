@@ -17,9 +17,9 @@ from router.core.errors import Overloaded, RequestError, UnavailableError
 from router.core.ports import Clock, Snapshot
 from router.core.types import NanoUSD, Usage
 from router.stages.admit import Admission, merge_tags, read_wishes
+from router.stages.cascade import Cascade
 from router.stages.classify import Classify
 from router.stages.decide import Decide
-from router.stages.dispatch import Dispatch
 from router.stages.exact import ExactCache, StoredAnswer
 from router.stages.exchange import Exchange
 from router.stages.flight import Flight, Flights, Head, Subscription, UsageFrame
@@ -55,7 +55,7 @@ class Pipeline:
     semantic: SemanticCache
     decide: Decide
     reserve: Reserve
-    dispatch: Dispatch
+    cascade: Cascade
     settle: Settle
     clock: Clock
     draw: Callable[[], float]
@@ -156,7 +156,7 @@ class Pipeline:
             raise Overloaded(
                 "The gateway cannot account for this request right now. Try again shortly.", retry_after=2
             ) from away
-        await self.dispatch.run(exchange, flight)
+        await self.cascade.run(exchange, flight)  # dispatch, and a second opinion where asked for
 
     def _landed(self, exchange: Exchange, flight: Flight) -> None:
         """The flight has ended, however: it is booked once, and a complete answer is kept."""

@@ -90,9 +90,12 @@ class Reserve:
             )
         return denied
 
-    async def top_up(self, exchange: Exchange, amount: NanoUSD) -> bool:
-        """Adds to the hold for another attempt, or for a stream that outgrows it. False: there is no room."""
-        charges = _charges(exchange.policy.budgets, exchange.policy.period, soft=False)
+    async def top_up(self, exchange: Exchange, amount: NanoUSD, *, soft: bool = False) -> bool:
+        """Adds to the hold for another attempt, or for a stream that outgrows it. False: there is no room.
+
+        `soft`: the budgets' own limits bound it as well, for a call that could be left out.
+        """
+        charges = _charges(exchange.policy.budgets, exchange.policy.period, soft=soft)
         try:
             outcome = await self._budgets.reserve(exchange.id, charges, amount)
         except FarthingError:

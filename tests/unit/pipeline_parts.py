@@ -28,6 +28,7 @@ from router.core.ports import Snapshot, UpstreamCall
 from router.core.types import BudgetWindow, Caller, RequestRecord
 from router.pipeline import Inbound, Pipeline
 from router.stages.admit import Admission, key_hash
+from router.stages.cascade import Cascade
 from router.stages.classify import Classify
 from router.stages.decide import Decide
 from router.stages.dispatch import Dispatch
@@ -185,6 +186,9 @@ class Rig:
         keys = {key_hash(SECRET, team): Caller(f"key-{team}", team) for team in teams}
         self.admission = Admission(MemoryKeyDirectory(keys), SECRET)
         reserve = Reserve(self.budgets)
+        dispatch = Dispatch(
+            {"openai": self.wire}, reserve, self.journal, self.health, self.clock, lambda: 0.0
+        )
         self.pipeline = Pipeline(
             configuration=lambda: self.snapshot,
             admission=self.admission,
@@ -195,9 +199,7 @@ class Rig:
             semantic=_NoSemantic(),
             decide=Decide(self.health, self.clock),
             reserve=reserve,
-            dispatch=Dispatch(
-                {"openai": self.wire}, reserve, self.journal, self.health, self.clock, lambda: 0.0
-            ),
+            cascade=Cascade(dispatch, reserve, self.clock),
             settle=Settle(self.journal, self.budgets, _Quiet(), self.clock),
             clock=self.clock,
             draw=lambda: 0.5,
