@@ -24,6 +24,7 @@ from router.adapters.redis_store.connection import RedisConnection, connect
 from router.adapters.redis_store.secret_check import shares_secret
 from router.adapters.sql.database import migrate, open_engine, schema_problem
 from router.adapters.sql.keys import SqlKeyDirectory
+from router.adapters.sql.labels import SqlFeedback
 from router.adapters.sql.policies import PolicyVersion, record_policy
 from router.adapters.sql.spend import SqlSpendSource
 from router.adapters.sql.writer import LedgerWriter
@@ -42,6 +43,7 @@ from router.stages.classify import Classify
 from router.stages.decide import Decide
 from router.stages.dispatch import Dispatch
 from router.stages.exact import ExactCache
+from router.stages.feedback import Feedback
 from router.stages.flight import Flights
 from router.stages.learn import Learn
 from router.stages.reserve import Reserve
@@ -94,6 +96,7 @@ class Gateway:
         self._keys = SqlKeyDirectory(self._engine)
         self._journal = JournalFile(settings.journals, worker)
         self._writer = LedgerWriter(self._engine, self._journal, settings.journals, self._clock)
+        self._feedback = SqlFeedback(self._engine, settings.journals, self._clock)
         self._classifier = Classifier.load()
         self._missing.remove("encoder")
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="transformer")
@@ -125,6 +128,7 @@ class Gateway:
         self.data_plane = DataPlane(
             pipeline=pipeline,
             admission=self._admission,
+            feedback=Feedback(self._feedback, self._clock),
             configuration=lambda: self.watch.current,
             telemetry=self._telemetry,
             metrics=self._telemetry.render,
@@ -216,6 +220,7 @@ class Gateway:
         if self._redis is not None:
             await self._redis.close()
         self._keys.stop()
+        self._feedback.close()
         await asyncio.to_thread(self._writer.stop)
         self._journal.close()
         self._executor.shutdown(wait=False, cancel_futures=True)

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from router.core.errors import UnavailableError
+from router.core.errors import InvalidRequest, NotFound, Overloaded, UnavailableError
+from router.core.learning import Label
 from router.core.ports import BudgetCharge, BudgetReading, Clock, Denied, Granted, SpendSource
 from router.core.types import AttemptRecord, BudgetWindow, Caller, NanoUSD, OpenRecord, RequestRecord
 
@@ -235,6 +236,45 @@ class MemoryKeyDirectory:
         if (caller := self.late.pop(key_hash, None)) is not None:
             self.callers[key_hash] = caller
         return self.callers.get(key_hash)
+
+
+class MemoryFeedbackStore:
+    """Scores beside the records of a `MemoryJournal`; `labels` holds every revision, the newest last."""
+
+    def __init__(self, journal: MemoryJournal, clock: Clock) -> None:
+        self._journal = journal
+        self._clock = clock
+        self.labels: list[Label] = []
+
+    async def keep(self, caller: Caller, request_id: str, score: float, comment: str | None) -> None:
+        asked = (request_id, caller.team)
+        settled = [record for record in self._journal.settled if (record.id, record.team) == asked]
+        if not settled:
+            if any((record.id, record.team) == asked for record in self._journal.opened):
+                raise Overloaded("This request is not in the ledger yet.", retry_after=1)
+            raise NotFound("No request of this team has this id.", param="request_id")
+        model = settled[0].served_model
+        if model is None:
+            raise InvalidRequest("No model answered this request.", param="request_id")
+        said = [
+            label for label in self.labels if (label.request_id, label.key_id) == (request_id, caller.key_id)
+        ]
+        if said and (said[-1].score, said[-1].comment) == (score, comment):
+            return
+        self.labels.append(
+            Label(
+                request_id=request_id,
+                model=model,
+                score=score,
+                weight=1.0,
+                source="feedback",
+                propensity=settled[0].propensity,
+                at=self._clock.now(),
+                key_id=caller.key_id,
+                team=caller.team,
+                comment=comment,
+            )
+        )
 
 
 class ManualClock:

@@ -27,6 +27,8 @@ from router.core.openai_wire import error_frame
 from router.core.ports import Clock, Identifiers, Snapshot
 from router.pipeline import Inbound, Pipeline
 from router.stages.admit import Admission
+from router.stages.feedback import MAX_BODY as MAX_FEEDBACK_BODY
+from router.stages.feedback import Feedback
 from router.stages.normalise import AUTO
 from router.stages.telemetry import Telemetry
 
@@ -60,6 +62,7 @@ class Route:
 
 ROUTES: tuple[Route, ...] = (
     Route("/chat/completions", ("POST",), "metered"),
+    Route("/feedback", ("POST",), "free"),
     Route("/models", ("GET",), "free"),
     Route("/models/{id}", ("GET",), "free"),
     Route("/healthz", ("GET", "HEAD"), "free"),
@@ -82,6 +85,7 @@ class DataPlane:
         *,
         pipeline: Pipeline,
         admission: Admission,
+        feedback: Feedback,
         configuration: Callable[[], Snapshot],
         telemetry: Telemetry,
         metrics: Callable[[], bytes],
@@ -92,6 +96,7 @@ class DataPlane:
     ) -> None:
         self._pipeline = pipeline
         self._admission = admission
+        self._feedback = feedback
         self._configuration = configuration
         self._telemetry = telemetry
         self._metrics = metrics
@@ -101,6 +106,7 @@ class DataPlane:
         self._max_body = max_body
         self._handlers: dict[str, Callable[[Scope, Receive, _Reply, str], Awaitable[None]]] = {
             "/chat/completions": self._chat_completions,
+            "/feedback": self._give_feedback,
             "/models": self._models,
             "/models/{id}": self._model,
             "/healthz": self._healthz,
@@ -148,6 +154,13 @@ class DataPlane:
             async for frame in answer.frames:
                 await reply.more(frame)
             await reply.end()
+
+    async def _give_feedback(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
+        headers = _headers(scope)
+        caller = await self._admission.caller(headers.get("authorization"), _is_loopback(scope))
+        body = await _read_body(headers, receive, min(MAX_FEEDBACK_BODY, self._max_body))
+        score = await self._feedback.give(caller, body)
+        await reply.json(200, {"request_id": score.request_id, "score": score.score, "stored": True})
 
     async def _models(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
         names = await self._names(scope)
@@ -235,7 +248,7 @@ def _route(path: str) -> tuple[Route, str]:
     if path.startswith("/models/") and len(path) > len("/models/"):
         return _BY_PATH[_ONE_MODEL], path.removeprefix("/models/")
     raise NotFound(
-        "No such route. The data plane serves " + ", ".join(f"/v1{r.path}" for r in ROUTES[:3]) + "."
+        "No such route. The data plane serves " + ", ".join(f"/v1{r.path}" for r in ROUTES[:4]) + "."
     )
 
 
@@ -300,9 +313,11 @@ def _inflated(body: bytes, encoding: str, limit: int) -> bytes:
 
 
 def _too_large(limit: int) -> RequestTooLarge:
-    return RequestTooLarge(
-        f"The body is larger than {limit // (1024 * 1024)} MiB. Send less, or raise the limit."
-    )
+    return RequestTooLarge(f"The body is larger than {_size(limit)}. Send less, or raise the limit.")
+
+
+def _size(limit: int) -> str:
+    return f"{limit // (1024 * 1024)} MiB" if limit >= 1024 * 1024 else f"{limit // 1024} KiB"
 
 
 class _Leaving:

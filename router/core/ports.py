@@ -192,6 +192,18 @@ class Journal(Protocol):
     def settle(self, record: RequestRecord) -> None: ...
 
 
+class FeedbackStore(Protocol):
+    """Scores of answers, each labelling the model that made the answer."""
+
+    async def keep(self, caller: Caller, request_id: str, score: float, comment: str | None) -> None:
+        """The latest score of a key counts; the same again changes nothing.
+
+        Raises NotFound where the caller's team has no request of this id, InvalidRequest where no model answered it,
+        Overloaded where it is still on its way to the ledger or the ledger is away.
+        """
+        ...
+
+
 class KeyDirectory(Protocol):
     """API keys by keyed hash. `find` touches memory only; `find_new` may ask SQL for a hash not seen yet."""
 

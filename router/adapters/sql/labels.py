@@ -1,0 +1,169 @@
+"""Labels and features in SQL: feedback as it comes in, and all of it for learning."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from router.adapters.journal import ATTEMPT, JournalReader, journal_folders
+from router.adapters.sql.database import unavailable, writing
+from router.adapters.sql.ledger import label_row, without_nul
+from router.adapters.sql.schema import labels, requests
+from router.core.errors import InvalidRequest, NotFound, Overloaded, UnavailableError
+from router.core.learning import Label
+from router.core.ports import Clock
+from router.core.types import Caller
+
+FEEDBACK = "feedback"
+LOOKS = (0.0, 0.1, 0.2, 0.4)
+"""Seconds before each look for a request that may have ended a moment ago; a settled one is in SQL within 0.5 s."""
+YOUNG = 900.0
+"""Seconds since its id was made within which a request may still be on its way to SQL."""
+MAX_WAITING = 200
+
+
+class _Owner(msgspec.Struct):
+    """The part of a journalled record that says whose it is; the rest is not decoded."""
+
+    team: str
+
+
+_owner = msgspec.msgpack.Decoder(_Owner)
+
+
+class SqlFeedback:
+    """`ports.FeedbackStore` over the ledger. SQL and the journals are read in a thread of its own."""
+
+    def __init__(self, engine: Engine, journals: Path, clock: Clock) -> None:
+        self._engine = engine
+        self._journals = journals
+        self._clock = clock
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="feedback")
+        self._waiting = 0
+
+    async def keep(self, caller: Caller, request_id: str, score: float, comment: str | None) -> None:
+        if self._waiting >= MAX_WAITING:
+            raise Overloaded("More feedback comes in than can be kept. Send it again.", retry_after=1)
+        self._waiting += 1
+        try:
+            looks = LOOKS if self._may_be_on_its_way(request_id) else LOOKS[:1]
+            for pause in looks:
+                await asyncio.sleep(pause)
+                if await self._run(self._keep, caller, request_id, score, comment):
+                    return
+            if await self._run(self._journalled, request_id, caller.team):
+                raise Overloaded(
+                    "This request is not in the ledger yet. Send the feedback again.", retry_after=1
+                )
+        except UnavailableError:
+            raise Overloaded("The ledger does not answer. Send the feedback again.", retry_after=1) from None
+        finally:
+            self._waiting -= 1
+        # One answer for what is unknown and for what belongs to another team.
+        raise NotFound(
+            "No request of this team has this id. It is the answer's header x-request-id.", param="request_id"
+        )
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, work: Callable[..., bool], *arguments: object) -> bool:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
+
+    def _may_be_on_its_way(self, request_id: str) -> bool:
+        """By the time in a UUIDv7 (RFC 9562, 5.7)."""
+        try:
+            found = uuid.UUID(request_id)
+        except ValueError:
+            return False
+        age = self._clock.now().timestamp() - (found.int >> 80) / 1000
+        return found.version == 7 and -60 < age < YOUNG
+
+    def _keep(self, caller: Caller, request_id: str, score: float, comment: str | None) -> bool:
+        """False where SQL knows no such request of this team. A race of two corrections is run again."""
+        if not request_id.isascii() or not request_id.isprintable():
+            return False  # no id of ours, and PostgreSQL would not take it
+        try:
+            return keep_feedback(self._engine, caller, request_id, score, comment, self._clock.now())
+        except IntegrityError:
+            try:
+                return keep_feedback(self._engine, caller, request_id, score, comment, self._clock.now())
+            except SQLAlchemyError as error:
+                raise unavailable(error) from None
+        except SQLAlchemyError as error:
+            raise unavailable(error) from None
+
+    def _journalled(self, request_id: str, team: str) -> bool:
+        """Whether a journal of this data folder holds the request, and it is this team's."""
+        for folder in journal_folders(self._journals):
+            reader = JournalReader(folder)
+            try:
+                for frame in reader.frames():
+                    if frame.request_id == request_id and frame.kind != ATTEMPT:
+                        return _owner.decode(frame.payload).team == team
+            except msgspec.MsgspecError:
+                continue
+            finally:
+                reader.close()
+        return False
+
+
+def keep_feedback(
+    engine: Engine, caller: Caller, request_id: str, score: float, comment: str | None, at: datetime
+) -> bool:
+    """Books a score as a row of its own, unless it is what this key said last. False: no such request of this team.
+
+    Raises InvalidRequest where no model answered the request, and what SQLAlchemy raises.
+    """
+    columns = requests.c
+    found = sa.select(columns.served_model, columns.propensity).where(
+        columns.id == request_id, columns.team == caller.team
+    )
+    comment = None if comment is None else without_nul(comment).encode(errors="replace").decode()
+    with writing(engine) as connection:
+        request = connection.execute(found).one_or_none()
+        if request is None:
+            return False
+        if request.served_model is None:
+            raise InvalidRequest(
+                "No model answered this request, so there is nothing to score.", param="request_id"
+            )
+        said = (
+            sa.select(labels.c.score, labels.c.comment, labels.c.revision)
+            .where(
+                labels.c.request_id == request_id,
+                labels.c.model == request.served_model,
+                labels.c.source == FEEDBACK,
+                labels.c.key_id == caller.key_id,
+            )
+            .order_by(labels.c.revision.desc())
+            .limit(1)
+        )
+        last = connection.execute(said).one_or_none()
+        if last is not None and (last.score, last.comment) == (score, comment):
+            return True
+        label = Label(
+            request_id=request_id,
+            model=request.served_model,
+            score=score,
+            weight=1.0,
+            source=FEEDBACK,
+            propensity=request.propensity,
+            at=at,
+            key_id=caller.key_id,
+            team=caller.team,
+            comment=comment,
+        )
+        revision = 0 if last is None else last.revision + 1
+        row = dict(zip(labels.c.keys(), label_row(label, at, revision), strict=True))
+        connection.execute(sa.insert(labels).values(row))
+    return True

@@ -1,0 +1,72 @@
+"""Learning on a live gateway: feedback over HTTP, signals in the ledger, a new artefact without a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+import sqlalchemy as sa
+
+from router.adapters.sql.schema import labels, request_features
+from tests.e2e.conftest import StartGateway
+from tests.e2e.gateway import Gateway, until
+from tests.e2e.setting import policy
+
+LEARN = policy(more="learn: {}")
+
+
+def give(gateway: Gateway, team: str, **body: Any) -> httpx.Response:
+    with gateway.http(gateway.key(team)) as http:
+        return http.post("/v1/feedback", json=body)
+
+
+def rows(gateway: Gateway, table: sa.Table) -> list[dict[str, Any]]:
+    with gateway.engine.connect() as connection:
+        return [dict(row) for row in connection.execute(sa.select(table)).mappings()]
+
+
+@pytest.fixture
+def learning(start_gateway: StartGateway) -> Gateway:
+    return start_gateway(policy=LEARN)
+
+
+def test_feedback_right_after_the_answer(learning: Gateway, unique: Callable[[str], str]) -> None:
+    answer = learning.chat(learning.key("search"), unique("What is the capital of France?"))
+    request = answer.headers["x-request-id"]
+    for score in (1, 1, 0.25):
+        said = give(learning, "search", request_id=request, score=score, comment="x")
+        assert (said.status_code, said.json()) == (
+            200,
+            {"request_id": request, "score": score, "stored": True},
+        )
+    kept = [(row["request_id"], row["model"], row["score"]) for row in rows(learning, labels)]
+    model = answer.headers["x-farthing-model"]
+    assert sorted(kept) == [(request, model, 0.25), (request, model, 1.0)]
+    [found] = [row for row in rows(learning, request_features) if row["request_id"] == request]
+    assert len(found["features"]) > 500
+    assert found["prompt"] is None
+
+    other = give(learning, "solo", request_id=request, score=1)
+    unknown = give(learning, "solo", request_id="0199aa11-2233-7456-89ab-cdef01234567", score=1)
+    assert other.status_code == unknown.status_code == 404
+    assert other.json() == unknown.json()
+    wrong = give(learning, "search", request_id=request, score=2)
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "score")
+    with learning.http("no-such-key") as http:
+        assert http.post("/v1/feedback", json={"request_id": request, "score": 1}).status_code == 401
+    with learning.http(learning.key("search")) as http:
+        assert http.post("/feedback", content=b"x" * 70_000).status_code == 413
+        assert http.get("/v1/feedback").status_code == 405
+
+
+def test_a_cut_off_answer_labels_itself(learning: Gateway, unique: Callable[[str], str]) -> None:
+    key = learning.key("search")
+    for stream in (False, True):
+        answer = learning.chat(key, unique("Tell me about tides"), model="small", max_tokens=3, stream=stream)
+        assert answer.status_code == 200
+    until(lambda: len(rows(learning, labels)) == 2, "both labels are in SQL")
+    assert {(row["source"], row["model"], row["score"]) for row in rows(learning, labels)} == {
+        ("truncated", "small", 0.0)
+    }
