@@ -10,6 +10,7 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Literal
 
+from router.core.learning import Estimate, Floor
 from router.core.policy import ClassRequirement, EffectivePolicy, ModelSpec
 from router.core.pricing import estimate_cost
 from router.core.types import LiveStatus, NanoUSD, PriceRecord
@@ -50,7 +51,7 @@ class Question:
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A model that passed the hard constraints. `expected_cost` is what routing compares (marginal);
-    `success` the predicted probability of a good answer, None without a prior.
+    `success` the predicted probability of a good answer, None without a prior; `estimate` what it was learned from.
     """
 
     model: str
@@ -58,13 +59,29 @@ class Candidate:
     success: Decimal | None
     first_token: float | None
     total: float | None
+    estimate: Estimate | None = None
+
+    @property
+    def success_words(self) -> str:
+        """What `success` is and where it comes from."""
+        known = self.estimate
+        if known is None:
+            return f"predicted success {self.success:.2f}"
+        if known.fallback:
+            why = "unlike the labelled traffic" if known.unfamiliar else "no labels yet"
+            return f"prior success {self.success:.2f} ({why})"
+        return (
+            f"learned success {self.success:.2f} "
+            f"({known.lower:.2f}-{known.upper:.2f}, {known.evidence:.0f} labels)"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Models to try in order (the first is the choice), why that one, and why not each other one.
 
-    `propensity` is the probability with which the first model was taken, for off-policy evaluation.
+    `propensity` is the probability with which the first model was taken, for off-policy evaluation. `unproven`: the
+    cheaper models, cheapest first, that only lack labels for the quality floor; shadow answers of theirs give some.
     """
 
     models: tuple[str, ...]
@@ -73,6 +90,7 @@ class Plan:
     candidates: tuple[Candidate, ...] = ()
     propensity: float = 1.0
     notes: tuple[str, ...] = field(default=())
+    unproven: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +131,14 @@ def decide(
     draw: float,
     downgrade: bool = False,
     max_attempts: int = 3,
+    success: Mapping[str, Estimate] | None = None,
+    floor: Floor | None = None,
 ) -> Plan | NoPlan:
     """The ordered plan for one request. `draw` in [0, 1) is the only randomness, and it is passed in.
 
-    `downgrade`: a budget is at its limit, so the cheapest model that passes the hard constraints answers.
+    `downgrade`: a budget is at its limit, so the cheapest model that passes the hard constraints answers. `success`:
+    learned estimates by model; where there are none the priors decide. `floor`: the quality floor of the class, which
+    then stands in place of `min_quality`.
     """
     dropped: dict[str, str] = dict(policy.excluded)
     allowed = [name for name in policy.allow if name in models]
@@ -128,7 +150,13 @@ def decide(
         else:
             dropped[name] = why
     candidates = {
-        name: _candidate(question, models[name], prices.get(name), live.get(name, LiveStatus()))
+        name: _candidate(
+            question,
+            models[name],
+            prices.get(name),
+            live.get(name, LiveStatus()),
+            None if success is None else success.get(name),
+        )
         for name in feasible
     }
     if question.max_cost is not None:
@@ -148,7 +176,7 @@ def decide(
             if name != chosen:
                 dropped[name] = "budget at its limit: the cheapest model answers"
         return Plan((chosen,), "budget_downgrade", dropped, tuple(candidates.values()))
-    return _automatic(question, policy, feasible, candidates, dropped, draw, max_attempts)
+    return _automatic(question, policy, feasible, candidates, dropped, draw, max_attempts, floor)
 
 
 def _named(
@@ -182,6 +210,7 @@ def _automatic(
     dropped: dict[str, str],
     draw: float,
     max_attempts: int,
+    floor: Floor | None,
 ) -> Plan | NoPlan:
     requirement = policy.classes.get(question.prompt_class or "medium", ClassRequirement(Decimal(0)))
     minimum = max(requirement.min_quality, question.min_quality or Decimal(0))
@@ -193,8 +222,8 @@ def _automatic(
             good.append(name)  # what the app asked for is always good enough, and fast enough, for it
         elif candidate.success is None:
             dropped[name] = "no quality prior: served by name or as fallback only"
-        elif candidate.success < minimum:
-            dropped[name] = f"predicted success {candidate.success:.2f} below min_quality {minimum:.2f}"
+        elif (low := _not_good_enough(candidate, minimum, floor)) is not None:
+            dropped[name] = low
         elif (late := _too_slow(candidate, requirement)) is not None:
             dropped[name] = late
             slow.append(name)
@@ -203,6 +232,8 @@ def _automatic(
 
     ordered = sorted(good, key=lambda name: _price_order(candidates[name]))
     notes: tuple[str, ...] = ()
+    if any(entry.estimate is not None and entry.estimate.unfamiliar for entry in candidates.values()):
+        notes = ("the prompt is unlike the labelled traffic: priors decide",)
     reason: Reason = "cheapest"
     propensity = 1.0
     probes = [
@@ -225,7 +256,7 @@ def _automatic(
         ordered = sorted(feasible, key=lambda name: _best_order(candidates[name]))[:1]
         reason = "best"
         dropped.pop(ordered[0], None)
-        notes = ("nothing meets the class; the best of what is left answers",)
+        notes = (*notes, "nothing meets the class; the best of what is left answers")
 
     choice = ordered[0]
     for name in ordered[1:]:
@@ -234,7 +265,21 @@ def _automatic(
     if not policy.fallback:
         backups = ordered[1:]
     order = [choice, *backups][:max_attempts]
-    return Plan(tuple(order), reason, dropped, tuple(candidates.values()), propensity, notes)
+    unproven: tuple[str, ...] = ()
+    if floor is not None:
+        lacking = [name for name in feasible if name in floor.missing and name != choice]
+        unproven = tuple(sorted(lacking, key=lambda name: _price_order(candidates[name])))
+    return Plan(tuple(order), reason, dropped, tuple(candidates.values()), propensity, notes, unproven)
+
+
+def _not_good_enough(candidate: Candidate, minimum: Decimal, floor: Floor | None) -> str | None:
+    if floor is not None:
+        if candidate.model == floor.reference:
+            return None
+        return floor.excludes(candidate.model, candidate.estimate)
+    if candidate.success is not None and candidate.success < minimum:
+        return f"{candidate.success_words} below min_quality {minimum:.2f}"
+    return None
 
 
 def _hard_constraint(
@@ -262,7 +307,11 @@ def _hard_constraint(
 
 
 def _candidate(
-    question: Question, model: ModelSpec, price: PriceRecord | None, status: LiveStatus
+    question: Question,
+    model: ModelSpec,
+    price: PriceRecord | None,
+    status: LiveStatus,
+    estimate: Estimate | None,
 ) -> Candidate:
     output = max(1, min(question.output_tokens, question.asked_output or model.max_output, model.max_output))
     cost = NanoUSD(0)
@@ -277,8 +326,11 @@ def _candidate(
     first = status.first_token_p95 if status.first_token_p95 is not None else model.expect_first_token
     rate = status.tokens_per_second or model.expect_tokens_per_second
     total = first + output / rate if first is not None and rate else None
-    success = success_of(model.quality, question.prompt_class, question.difficulty)
-    return Candidate(model.name, cost, success, first, total)
+    if estimate is None:
+        success = success_of(model.quality, question.prompt_class, question.difficulty)
+    else:
+        success = Decimal(repr(round(estimate.success, 4)))
+    return Candidate(model.name, cost, success, first, total, estimate)
 
 
 def _too_slow(candidate: Candidate, requirement: ClassRequirement) -> str | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from classifiers.floor import Calibration
+    from classifiers.success_features import PromptFeatures
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class Label:
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A model's probability of a good answer, with an interval. `evidence` is the weight of the labels behind it;
-    `fallback`: the prior alone speaks.
+    `fallback`: the prior alone speaks, and `unfamiliar` says that it does because the prompt is unlike the labelled
+    traffic, not for want of labels of this model.
     """
 
     success: float
@@ -43,6 +45,7 @@ class Estimate:
     upper: float
     evidence: float
     fallback: bool
+    unfamiliar: bool = False
 
 
 class SuccessPredictor(Protocol):
@@ -52,7 +55,50 @@ class SuccessPredictor(Protocol):
     encoder_id: str
 
     def predict(
-        self, features: npt.NDArray[np.float32], prompt_class: str, priors: Mapping[str, float]
+        self, features: PromptFeatures, prompt_class: str, priors: Mapping[str, float]
     ) -> Mapping[str, Estimate]:
         """By model, for those in `priors` (the prior of the class, 0..1)."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """The artefact in force: what predicts, and the held-out rows that tell how far it may be relied on."""
+
+    predictor: SuccessPredictor
+    calibration: Calibration | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """How far down one class may be routed where its policy asks for confidence (`classifiers/floor.py`).
+
+    Beside `reference` only `model` may answer, from a predicted success of `threshold` on, and nothing where it is
+    None. `missing`: by cheaper model without a certificate, the clean labels it lacks. `bound`: on the excess failure
+    rate of this rule against always using the reference; 0 where only the reference answers.
+    """
+
+    reference: str
+    confidence: Decimal
+    model: str | None
+    threshold: float
+    bound: float
+    missing: Mapping[str, int]
+
+    def excludes(self, model: str, estimate: Estimate | None) -> str | None:
+        """Why a model other than the reference may not answer; None: it may."""
+        sure = f"{(self.confidence * 100).normalize():f} % confidence"
+        if model in self.missing:
+            count = self.missing[model]
+            return f"quality floor: {count} label{'s' * (count != 1)} missing for {sure}"
+        if model != self.model:
+            return f"quality floor: {self.reference} and {self.model or 'no cheaper model'} answer for {sure}"
+        if estimate is None or estimate.fallback:
+            return (
+                f"quality floor: the prompt is unlike the labelled traffic, so nothing is known with {sure}"
+            )
+        if estimate.success < self.threshold:
+            return (
+                f"quality floor: learned success {estimate.success:.2f} below {self.threshold:.2f} for {sure}"
+            )
+        return None

@@ -158,17 +158,17 @@ def _reference_problems(
         yield from unknown(("baseline",), policy.baseline)
     if policy.learn is not None and policy.learn.judge is not None:
         yield from unknown(("learn", "judge"), policy.learn.judge)
-    for path, requirement in _requirements(policy):
+    for place, requirement in _requirements(policy):
         if requirement.confidence is not None and policy.learn is None:
             yield document.problem(
-                (*path, "confidence"),
+                (*place, "confidence"),
                 "without learn no traffic is labelled, so nothing can be shown and the dearest model answers",
                 "add learn: {} to the file, or remove confidence",
             )
         verify = None if requirement.cascade is None else requirement.cascade.verify
         if verify is not None and verify not in ("signals", "none") and verify not in providers.models:
             yield document.problem(
-                (*path, "cascade", "verify"),
+                (*place, "cascade", "verify"),
                 f"unknown model {shown(verify)}",
                 did_you_mean(verify, ["signals", "none", *models]),
             )
@@ -564,14 +564,7 @@ class _Advice:
                 ("learn", "budget"), "nothing is spent on learning", "add shadow: 2%, or remove budget"
             )
         for path, requirement in _requirements(self.policy):
-            wanted = requirement.min_quality
-            if requirement.confidence is not None and wanted is not None and wanted == 1:
-                yield self._policy(
-                    (*path, "confidence"),
-                    "min_quality 1 leaves no room for failures, so no number of labels lets a cheaper model answer",
-                    "lower min_quality, or remove confidence",
-                )
-            verify = None if requirement.cascade is None else requirement.cascade.verify
+            verify = "none" if requirement.cascade is None else requirement.cascade.verify
             if verify in self.snapshot.models and self.snapshot.price(verify, self.now) is None:
                 yield self._policy(
                     (*path, "cascade", "verify"),

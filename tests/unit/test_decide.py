@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.core.decide import PROBE_SHARE, NoPlan, Plan, Question, decide, success_of
+from router.core.learning import Estimate, Floor
 from router.core.policy import CachePolicy, ClassRequirement, EffectivePolicy, ModelSpec
 from router.core.pricing import every_bucket
 from router.core.types import PROMPT_CLASSES, LiveStatus, NanoUSD, PriceRecord
@@ -454,3 +455,120 @@ def test_harder_prompts_are_never_more_likely_to_succeed(one: float, other: floa
     assert more is not None
     assert less is not None
     assert more >= less
+
+
+# -- learned success --
+
+
+def learned(success: float, evidence: float = 310.0, **changes: Any) -> Estimate:
+    return replace(Estimate(success, success - 0.08, success + 0.06, evidence, fallback=False), **changes)
+
+
+ASKING = policy(classes={name: ClassRequirement(Decimal("0.90")) for name in PROMPT_CLASSES})
+
+
+def test_learned_success_decides_in_place_of_the_prior() -> None:
+    estimates = {"small": learned(0.95), "large": learned(0.97)}
+    assert chosen(plan_for(effective=ASKING, success=estimates)) == ("small", "cheapest")
+    plan = plan_for(effective=ASKING, success={"small": learned(0.82), "large": learned(0.97)})
+    assert chosen(plan) == ("large", "cheapest")
+    assert plan.dropped["small"] == "learned success 0.82 (0.74-0.88, 310 labels) below min_quality 0.90"
+
+
+def test_a_prior_says_why_it_speaks() -> None:
+    new = learned(0.8, 0.0, fallback=True)
+    plan = plan_for(effective=ASKING, success={"small": new, "large": learned(0.97)})
+    assert plan.dropped["small"] == "prior success 0.80 (no labels yet) below min_quality 0.90"
+    assert isinstance(plan, Plan)
+    assert plan.notes == ()
+    strange = replace(new, unfamiliar=True)
+    plan = plan_for(effective=ASKING, success={"small": strange, "large": replace(strange, success=0.85)})
+    assert isinstance(plan, Plan)
+    assert plan.dropped["small"] == "prior success 0.80 (unlike the labelled traffic) below min_quality 0.90"
+    assert plan.notes[0] == "the prompt is unlike the labelled traffic: priors decide"
+
+
+def test_a_model_without_an_estimate_is_judged_by_its_prior() -> None:
+    better = {**TWO, "large": model("large", quality=dict.fromkeys(PROMPT_CLASSES, Decimal("0.95")))}
+    plan = plan_for(effective=ASKING, models=better, success={"small": learned(0.5)})
+    assert chosen(plan) == ("large", "cheapest")
+    without = plan_for(effective=ASKING, models=better)
+    assert without.dropped["small"] == "predicted success 0.80 below min_quality 0.90"
+
+
+def test_the_best_by_learned_success_answers_where_nothing_meets() -> None:
+    plan = plan_for(effective=ASKING, success={"small": learned(0.7), "large": learned(0.6)})
+    assert chosen(plan) == ("small", "best")
+
+
+@given(st.floats(0, 0.999_999))
+def test_probes_keep_their_share_with_learned_success(draw: float) -> None:
+    estimates = {"small": learned(0.95), "large": learned(0.97)}
+    plan = plan_for(effective=QUICK_CLASS, live=SLOW, success=estimates, draw=draw)
+    assert isinstance(plan, Plan)
+    probed = plan.reason == "probe"
+    assert probed == (draw < PROBE_SHARE)
+    assert plan.propensity == pytest.approx(PROBE_SHARE if probed else 1 - PROBE_SHARE)
+
+
+# -- the quality floor --
+
+CERTAIN = Decimal("0.95")
+
+
+def floor(**changes: Any) -> Floor:
+    return replace(Floor("large", CERTAIN, "small", 0.7, 0.08, {}), **changes)
+
+
+def test_the_floor_stands_in_place_of_min_quality() -> None:
+    estimates = {"small": learned(0.75), "large": learned(0.8)}
+    assert chosen(plan_for(effective=ASKING, success=estimates, floor=floor())) == ("small", "cheapest")
+    plan = plan_for(effective=ASKING, success={**estimates, "small": learned(0.69)}, floor=floor())
+    assert chosen(plan) == ("large", "cheapest")
+    assert plan.dropped["small"] == "quality floor: learned success 0.69 below 0.70 for 95 % confidence"
+
+
+def test_with_labels_missing_the_reference_answers_and_the_cheaper_model_is_named_as_unproven() -> None:
+    lacking = floor(model=None, missing={"small": 120})
+    plan = plan_for(effective=ASKING, floor=lacking)
+    assert chosen(plan) == ("large", "cheapest")
+    assert plan.dropped["small"] == "quality floor: 120 labels missing for 95 % confidence"
+    assert isinstance(plan, Plan)
+    assert plan.unproven == ("small",)
+    one = floor(model=None, missing={"small": 1}, confidence=Decimal("0.995"))
+    dropped = plan_for(effective=ASKING, floor=one).dropped["small"]
+    assert dropped == "quality floor: 1 label missing for 99.5 % confidence"
+
+
+def test_an_unfamiliar_prompt_stays_with_the_reference() -> None:
+    strange = learned(0.99, 0.0, fallback=True, unfamiliar=True)
+    plan = plan_for(effective=ASKING, success={"small": strange, "large": strange}, floor=floor())
+    assert chosen(plan)[0] == "large"
+    assert "unlike the labelled traffic" in plan.dropped["small"]
+    assert chosen(plan_for(effective=ASKING, floor=floor()))[0] == "large", "so does one nothing predicts"
+
+
+def test_one_cheaper_model_serves_a_class() -> None:
+    models = {**TWO, "middle": model("middle")}
+    prices = {**PRICES, "middle": price("middle", "0.05", "0.05")}
+    wide = policy(allow=("small", "middle", "large"))
+    estimates = {name: learned(0.99) for name in models}
+    plan = plan_for(effective=wide, models=models, prices=prices, success=estimates, floor=floor())
+    assert chosen(plan)[0] == "small"
+    assert plan.dropped["middle"] == "quality floor: large and small answer for 95 % confidence"
+
+
+def test_where_the_reference_is_away_the_best_of_the_rest_answers_or_nobody() -> None:
+    away = {"large": LiveStatus(available=False, reason="breaker open")}
+    lacking = floor(model=None, missing={"small": 3})
+    assert chosen(plan_for(effective=ASKING, live=away, floor=lacking)) == ("small", "best")
+    strict = replace(ASKING, when_nothing_meets="refuse")
+    assert isinstance(plan_for(effective=strict, live=away, floor=lacking), NoPlan)
+
+
+def test_the_floor_leaves_downgrades_and_named_models_alone() -> None:
+    lacking = floor(model=None, missing={"small": 3})
+    assert chosen(plan_for(downgrade=True, floor=lacking)) == ("small", "budget_downgrade")
+    assert chosen(plan_for(question(reference="small"), floor=lacking)) == ("small", "named")
+    swap = policy(substitute=True)
+    assert chosen(plan_for(question(reference="small"), swap, floor=lacking)) == ("small", "cheapest")

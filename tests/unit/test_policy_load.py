@@ -466,7 +466,5 @@ def test_learning_that_does_nothing_or_cannot_be_bounded_is_warned_about() -> No
     found = loaded(unpriced, policy("{ shadow: 2%, budget: { month: 1 }, judge: free }"))
     assert "free has no price" in warning(found, "learn.judge")
     medium = "medium:  { min_quality: 0.90,"
-    found = loaded(policy=policy("{}", medium, "medium:  { min_quality: 100%, confidence: 95%,"))
-    assert "no number of labels" in warning(found, "classes.medium.confidence")
     found = loaded(unpriced, policy("{}", medium, "medium:  { cascade: { verify: free },"))
     assert "what checking costs is unknown; price it" in warning(found, "classes.medium.cascade.verify")

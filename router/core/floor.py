@@ -1,0 +1,126 @@
+"""Which cheaper model a class may use, and how far down: `classifiers/floor.py` applied to the policy in force.
+
+Excess failures of several cheaper models would add up, so one of them serves a class beside the reference: of those
+with a certificate the one that saves most on the labelled requests. The certificates of all candidates hold together,
+so that choosing among them costs no confidence.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from datetime import datetime
+from decimal import ROUND_CEILING, Decimal
+
+from classifiers.floor import Calibration, labels_needed
+from router.core.learning import Floor
+from router.core.policy import EffectivePolicy
+from router.core.ports import Snapshot
+from router.core.types import PROMPT_CLASSES
+
+MEMORY = 1024
+_CENT = Decimal("0.01")
+
+
+class QualityFloor:
+    """Floors computed from one artefact's `calibration` (None: nothing is learned yet), each once. Safe to use from
+    several threads; a first computation takes a few milliseconds a candidate model.
+    """
+
+    def __init__(self, calibration: Calibration | None) -> None:
+        self._calibration = calibration
+        self._known: OrderedDict[tuple[object, ...], Floor] = OrderedDict()
+
+    def of(
+        self,
+        snapshot: Snapshot,
+        policy: EffectivePolicy,
+        prompt_class: str,
+        min_quality: Decimal,
+        at: datetime,
+    ) -> Floor | None:
+        """The floor of a class; None where the policy asks for no confidence. `min_quality` counts in whole percent,
+        rounded up, so that callers' own wishes cannot ask for endlessly many floors.
+        """
+        requirement = policy.classes[prompt_class]
+        if requirement.confidence is None:
+            return None
+        quality = min_quality.quantize(_CENT, ROUND_CEILING)
+        key = (
+            snapshot.hash, policy.allow, policy.baseline, prompt_class, quality, requirement.confidence,
+        )  # fmt: skip
+        found = self._known.get(key)
+        if found is None:
+            found = self._compute(snapshot, policy, prompt_class, quality, requirement.confidence, at)
+            if found is None:
+                return None
+            self._known[key] = found
+            if len(self._known) > MEMORY:
+                self._known.popitem(last=False)
+        return found
+
+    def prepare(self, snapshot: Snapshot, policy: EffectivePolicy, at: datetime) -> None:
+        """Computes the floors of a policy's classes off the answer path."""
+        for prompt_class in PROMPT_CLASSES:
+            self.of(snapshot, policy, prompt_class, policy.classes[prompt_class].min_quality, at)
+
+    def missing(self) -> Iterator[tuple[str, str, int]]:
+        """(class, model, clean labels missing), the most of any floor in use; for a gauge."""
+        most: dict[tuple[str, str], int] = {}
+        for key, floor in list(self._known.items()):
+            counts = dict(floor.missing)
+            if floor.model is not None:
+                counts[floor.model] = 0
+            for model, count in counts.items():
+                place = (str(key[3]), model)
+                most[place] = max(count, most.get(place, 0))
+        for (prompt_class, model), count in most.items():
+            yield prompt_class, model, count
+
+    def _compute(
+        self,
+        snapshot: Snapshot,
+        policy: EffectivePolicy,
+        prompt_class: str,
+        quality: Decimal,
+        confidence: Decimal,
+        at: datetime,
+    ) -> Floor | None:
+        reference = reference_of(snapshot, policy, prompt_class)
+        if reference is None:
+            return None
+        costs = {name: cost for name in policy.allow if (cost := _blended(snapshot, name, at)) is not None}
+        dear = costs.get(reference, Decimal("Infinity"))
+        saved = {name: dear - cost for name, cost in costs.items() if name != reference and cost < dear}
+        max_excess, delta = float(1 - quality), float(1 - confidence)
+        if self._calibration is None:
+            needed = labels_needed(0, max_excess, delta / max(len(saved), 1))
+            return Floor(reference, confidence, None, 1.0, 0.0, dict.fromkeys(saved, needed))
+        found = self._calibration.certificates(prompt_class, list(saved), reference, max_excess, delta)
+        best = max(
+            (entry for entry in found.values() if entry.threshold is not None),
+            key=lambda entry: entry.share * float(saved[entry.model]),
+            default=None,
+        )
+        missing = {name: entry.missing for name, entry in found.items() if entry.threshold is None}
+        if best is None or best.threshold is None:
+            return Floor(reference, confidence, None, 1.0, 0.0, missing)
+        return Floor(reference, confidence, best.model, best.threshold, best.bound, missing)
+
+
+def reference_of(snapshot: Snapshot, policy: EffectivePolicy, prompt_class: str) -> str | None:
+    """What cheaper models are measured against: the baseline where allowed, else the model with the best prior."""
+    if policy.baseline in policy.allow:
+        return policy.baseline
+    priors = {
+        name: quality[prompt_class] for name in policy.allow if (quality := snapshot.models[name].quality)
+    }
+    return max(priors, key=lambda name: priors[name], default=None)
+
+
+def _blended(snapshot: Snapshot, model: str, at: datetime) -> Decimal | None:
+    """One figure to compare two prices by: three input tokens to one output token, as routing pays them."""
+    price = snapshot.price(model, at)
+    if price is None:
+        return None
+    return 3 * price.marginal_prices["input"] + price.marginal_prices["output"]
