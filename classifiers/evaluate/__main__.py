@@ -1,0 +1,3 @@
+from classifiers.evaluate import main
+
+raise SystemExit(main())
