@@ -49,6 +49,7 @@ from router.stages.learn import Learn
 from router.stages.reserve import Reserve
 from router.stages.semantic import ShadowSemanticCache
 from router.stages.settle import Settle
+from router.stages.shadow import Shadows
 
 log = logging.getLogger("farthing")
 
@@ -110,6 +111,10 @@ class Gateway:
         draw = random.Random().random  # noqa: S311 - spreads load and samples; guards nothing
         reserve = Reserve(self._budgets)
         dispatch = Dispatch(self._wires, reserve, self._journal, self._health, self._clock, draw)
+        settle = Settle(self._journal, self._budgets, self._telemetry, self._clock)
+        self._shadows = Shadows(
+            dispatch, reserve, settle, self._classifier.static, self._clock, identifiers, draw
+        )
         pipeline = Pipeline(
             configuration=lambda: self.watch.current,
             admission=self._admission,
@@ -121,7 +126,8 @@ class Gateway:
             decide=Decide(self._health, self._clock),
             reserve=reserve,
             cascade=Cascade(dispatch, reserve, self._clock),
-            settle=Settle(self._journal, self._budgets, self._telemetry, self._clock),
+            settle=settle,
+            shadows=self._shadows,
             clock=self._clock,
             draw=draw,
         )
@@ -203,8 +209,9 @@ class Gateway:
         self._classifier.minilm  # noqa: B018 - reading it loads it
 
     def drain(self) -> None:
-        """Refuses new requests; those in flight go on."""
+        """Refuses new requests; those in flight go on, shadow answers do not."""
         self._admission.draining = True
+        self._shadows.end()
 
     async def stop(self) -> None:
         """After the servers have ended: settles what is left, writes it, closes everything."""
@@ -213,6 +220,7 @@ class Gateway:
         for task in self._tasks:
             with suppress(asyncio.CancelledError, Exception):
                 await task
+        await self._shadows.ended()
         for wire in self._wires.values():
             await wire.close()
         await self._budgets.close()

@@ -29,6 +29,7 @@ from router.stages.reply import Answer, stored_answer, streamed_answer, whole_an
 from router.stages.reserve import Reserve
 from router.stages.semantic import SemanticCache
 from router.stages.settle import Settle, note_failure
+from router.stages.shadow import Shadows
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Pipeline:
     reserve: Reserve
     cascade: Cascade
     settle: Settle
+    shadows: Shadows
     clock: Clock
     draw: Callable[[], float]
 
@@ -170,6 +172,7 @@ class Pipeline:
         body = flight.body
         if record is not None and body is not None and flight.key is not None:
             self.exact.store(flight.key, exchange, record, body, self.draw())
+        self.shadows.consider(exchange, body)
 
     async def _live(self, exchange: Exchange, subscription: Subscription, head: Head) -> Answer:
         flight, leader = subscription.flight, subscription.flight.leader

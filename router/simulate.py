@@ -75,7 +75,8 @@ class SimulatedModel:
     `jitter` spreads the first token's latency by at most that share of it. `tps` is tokens per second, 0: as
     fast as can be. `typical` is the length of a usual answer in tokens. `fault` (a key of FAULTS or a status)
     strikes `fault_rate` of all calls, and only the next `fault_times` where that is not 0. `cached_from`: a
-    conversation seen before is reported as cached input from that many tokens on; 0: never.
+    conversation seen before is reported as cached input from that many tokens on; 0: never. `says` is the text of
+    every answer instead of invented words.
     """
 
     name: str
@@ -85,6 +86,7 @@ class SimulatedModel:
     context: int = 128_000
     max_output: int = 16_384
     typical: int = 40
+    says: str | None = None
     reasoning: int = 0
     rejects: frozenset[str] = frozenset()
     fault: str | None = None
@@ -197,6 +199,7 @@ _READERS: Mapping[str, Callable[[object], Any]] = {
     "context": _count,
     "max_output": _count,
     "typical": _count,
+    "says": _or_none(str),
     "reasoning": _count,
     "rejects": _names,
     "fault": _fault,
@@ -656,6 +659,9 @@ class Simulator:
             blake2b(said, digest_size=8, key=blake2b(seed, digest_size=32).digest()).digest()
         )
         bound = min(limit or model.max_output, model.max_output)
+        if model.says is not None:
+            pieces = re.findall(r"\s*\S+\s*$|\s*\S+", model.says) or [model.says]
+            return _Answer(pieces[:bound], "stop" if len(pieces) <= bound else "length")
         if body.get("tools") and (tool_call := _tool_call(body, number)) is not None:
             arguments = re.findall(r".{1,8}", tool_call["function"]["arguments"], re.DOTALL)
             return _Answer(arguments or [""], "tool_calls", tool_call)

@@ -109,6 +109,14 @@ def judge_request(
     return _asking(model, _JUDGE.format(marker=marker), marker, shown)
 
 
+def unstreamed(request: ChatRequest) -> ChatRequest:
+    """The same request for an answer in one piece."""
+    if not request.stream:
+        return request
+    fields = {name: value for name, value in request.body.items() if name not in ("stream", "stream_options")}
+    return normalise_chat(json.dumps(fields).encode("ascii"))
+
+
 def readable(request: ChatRequest) -> bool:
     """Whether a judge that is shown text sees all of the request."""
     return request.choices == 1 and request.needs <= {"tools", "json_schema"}

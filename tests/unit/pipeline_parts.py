@@ -37,6 +37,7 @@ from router.stages.flight import Flights
 from router.stages.learn import Learn
 from router.stages.reserve import Reserve
 from router.stages.settle import Settle
+from router.stages.shadow import Shadows
 
 SECRET = b"0123456789abcdef"
 DONE = b"data: [DONE]\n\n"
@@ -189,6 +190,11 @@ class Rig:
         dispatch = Dispatch(
             {"openai": self.wire}, reserve, self.journal, self.health, self.clock, lambda: 0.0
         )
+        settle = Settle(self.journal, self.budgets, _Quiet(), self.clock)
+        self.draws: Callable[[], float] = lambda: 0.5
+        self.shadows = Shadows(
+            dispatch, reserve, settle, cast(Encoder, encoder), self.clock, self.ids, lambda: self.draws()
+        )
         self.pipeline = Pipeline(
             configuration=lambda: self.snapshot,
             admission=self.admission,
@@ -200,7 +206,8 @@ class Rig:
             decide=Decide(self.health, self.clock),
             reserve=reserve,
             cascade=Cascade(dispatch, reserve, self.clock),
-            settle=Settle(self.journal, self.budgets, _Quiet(), self.clock),
+            settle=settle,
+            shadows=self.shadows,
             clock=self.clock,
             draw=lambda: 0.5,
         )

@@ -1,0 +1,257 @@
+"""Shadow answers: a share of the requests that a cheaper model answered also goes to the reference, and a judge, or
+their agreement, says how good both answers are.
+
+Off the answer path: it begins when the answer has ended, in a task of its own that fails and delays no request. Each
+call is a ledger row of its own (`learn.shadow`, `learn.judge`) under the budget `learn`; the labels travel with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from classifiers.encoder import Encoder
+from router.core.decide import NoPlan, Plan
+from router.core.errors import FarthingError, UpstreamError
+from router.core.learning import Label
+from router.core.policy import BudgetLimit, LearnPolicy
+from router.core.ports import Clock, Identifiers
+from router.core.pricing import price_usage, total
+from router.core.types import ChatRequest, NanoUSD
+from router.stages.cascade import HeldAnswer
+from router.stages.dispatch import Dispatch
+from router.stages.exchange import Exchange, serving
+from router.stages.judge import (
+    VERDICT_TOKENS,
+    Answer,
+    agreement,
+    judge_request,
+    parsed_answer,
+    read_verdict,
+    readable,
+    unstreamed,
+)
+from router.stages.reserve import Reserve
+from router.stages.settle import Settle, note_failure
+from router.stages.signals import signals_of
+
+log = logging.getLogger("farthing")
+
+IN_FLIGHT = 8
+"""Pairs in the making in one worker; a request drawn beyond that is left out."""
+MAX_ANSWER = 256 * 1024
+"""Bytes; a longer answer is not compared."""
+LEARN = "learn"
+SHADOW_ENDPOINT = "learn.shadow"
+JUDGE_ENDPOINT = "learn.judge"
+ORGANISATION = "organisation"
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A request whose served answer is to be compared. `propensity`: with which this pair came about."""
+
+    exchange: Exchange
+    learn: LearnPolicy
+    served: str
+    reference: str
+    answer: Answer
+    propensity: float
+
+
+class Shadows:
+    """`encoder` tells how alike two long answers are; `draw` is in [0, 1)."""
+
+    def __init__(
+        self,
+        dispatch: Dispatch,
+        reserve: Reserve,
+        settle: Settle,
+        encoder: Encoder,
+        clock: Clock,
+        identifiers: Identifiers,
+        draw: Callable[[], float],
+    ) -> None:
+        self._dispatch = dispatch
+        self._reserve = reserve
+        self._settle = settle
+        self._encoder = encoder
+        self._clock = clock
+        self._identifiers = identifiers
+        self._draw = draw
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ended = False
+
+    def consider(self, exchange: Exchange, body: bytes | None) -> None:
+        """Once a request is settled. `body` is its answer in the form it asked for."""
+        learn = exchange.snapshot.learn
+        if learn is None or not learn.shadow or learn.budget is None or self._ended:
+            return
+        reference = _reference(exchange)
+        if reference is None or body is None or len(body) > MAX_ANSWER:
+            return
+        if self._draw() >= learn.shadow or len(self._tasks) >= IN_FLIGHT:
+            return
+        task = asyncio.get_running_loop().create_task(self._compare(exchange, learn, reference, body))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def end(self) -> None:
+        """Breaks off what is under way, and begins nothing more."""
+        self._ended = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def ended(self) -> None:
+        """Waits until what was broken off is settled."""
+        self.end()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _compare(self, exchange: Exchange, learn: LearnPolicy, reference: str, body: bytes) -> None:
+        answer, served = parsed_answer(body, exchange.request.stream), serving(exchange.attempts)
+        if answer is None or served is None or exchange.plan is None:
+            return
+        propensity = float(learn.shadow) * exchange.plan.propensity
+        pair = _Pair(exchange, learn, served.model, reference, answer, propensity)
+        try:
+            await self._shadow(pair)
+        except FarthingError:
+            return  # no budget, no store or no answer: there is no label, and a call that was made has its row
+        except Exception:
+            log.exception("a shadow answer to request %s failed", exchange.id)
+
+    async def _shadow(self, pair: _Pair) -> None:
+        judge = pair.learn.judge if readable(pair.exchange.request) else None
+        if judge not in pair.exchange.policy.allow:
+            judge = None  # whoever may not answer the prompt may not read it either
+        shadow = self._aside(pair, SHADOW_ENDPOINT, pair.reference, unstreamed(pair.exchange.request))
+
+        def labelled(answer: Answer) -> None:
+            if judge is None:
+                shadow.labels = self._agreed(pair, answer)
+
+        answer = await self._call(shadow, pair.reference, labelled)
+        if answer is not None and judge is not None:
+            await self._judge(pair, judge, answer)
+
+    async def _judge(self, pair: _Pair, judge: str, answer: Answer) -> None:
+        swapped = self._draw() < 0.5  # a judge prefers a place, so each answer stands in each as often
+        a, b = (answer, pair.answer) if swapped else (pair.answer, answer)
+        model = pair.exchange.snapshot.models[judge]
+        request = judge_request(pair.exchange.request, a, b, model, pair.exchange.id)
+        if request is None:
+            return
+        judging = self._aside(pair, JUDGE_ENDPOINT, judge, request)
+
+        def labelled(said: Answer) -> None:
+            verdict = read_verdict(said)
+            if verdict is not None:
+                scores = (verdict.a_good, verdict.b_good)
+                served, reference = reversed(scores) if swapped else scores
+                judging.labels = self._labels(pair, "judge", served, reference, 1.0)
+
+        await self._call(judging, judge, labelled)
+
+    def _agreed(self, pair: _Pair, answer: Answer) -> tuple[Label, ...]:
+        """Labels without a judge: the reference's answer is the yardstick, unless it is broken itself."""
+        if signals_of(pair.exchange.request, answer):
+            return ()
+        found = agreement(pair.answer, answer, self._likeness)
+        return self._labels(pair, "shadow", found[0], 1.0, found[1]) if found is not None else ()
+
+    def _likeness(self, left: str, right: str) -> float:
+        vectors = self._encoder.encode([left, right])
+        return float(vectors[0] @ vectors[1])
+
+    def _labels(
+        self, pair: _Pair, source: str, served: float, reference: float, weight: float
+    ) -> tuple[Label, ...]:
+        caller, now = pair.exchange.caller, self._clock.now()
+        return tuple(
+            Label(
+                request_id=pair.exchange.id,
+                model=model,
+                score=score,
+                weight=weight,
+                source=source,
+                propensity=pair.propensity,
+                at=now,
+                key_id=caller.key_id,
+                team=caller.team,
+            )
+            for model, score in ((pair.served, served), (pair.reference, reference))
+        )
+
+    def _aside(self, pair: _Pair, endpoint: str, model: str, request: ChatRequest) -> Exchange:
+        """A call of the gateway's own: the team's, but under the budget of learning and not compared to anything."""
+        origin = pair.exchange
+        limits = [BudgetLimit(LEARN, pair.learn.budget, pair.learn.budget, "refuse")]
+        # What the organisation may spend at most holds for this as well; a team is not made to pay for learning.
+        limits += [
+            replace(limit, at_limit="refuse") for limit in origin.policy.budgets if limit.key == ORGANISATION
+        ]
+        question = origin.question
+        if question is not None and endpoint == JUDGE_ENDPOINT:
+            question = replace(question, output_tokens=VERDICT_TOKENS // 8)
+        return Exchange(
+            id=self._identifiers.request_id(),
+            endpoint=endpoint,
+            opened_at=self._clock.now(),
+            started=self._clock.monotonic(),
+            caller=origin.caller,
+            wishes=replace(origin.wishes, caller_request_id=None, min_quality=None, max_cost=None),
+            request=replace(request, model=model),
+            snapshot=origin.snapshot,
+            policy=replace(origin.policy, budgets=tuple(limits)),
+            reference=None,
+            baseline_name=None,
+            baseline_price=None,
+            verdict=origin.verdict,
+            question=question,
+            plan=Plan((model,), "named", {}),
+            prices=origin.prices,
+        )
+
+    async def _call(self, exchange: Exchange, model: str, read: Callable[[Answer], None]) -> Answer | None:
+        """The answer; None where it is none. `read` sees it before the call is settled. Raises FarthingError."""
+        await self._reserve.hold(exchange, lambda: NoPlan("not_allowed", {}))
+        heard = HeldAnswer()
+        answer: Answer | None = None
+        try:
+            self._settle.open(exchange)
+            await self._dispatch.attempt(exchange, heard, model, 0)
+            exchange.http_status = 200
+            answer = parsed_answer(heard.body, False)
+            if answer is not None:
+                read(answer)
+        except UpstreamError as error:
+            exchange.status, exchange.http_status, exchange.error = "failed", 502, error.kind
+            raise
+        except BaseException as error:
+            note_failure(exchange, error)
+            raise
+        finally:
+            self._settle.dispatched(exchange)
+        return answer
+
+
+def _reference(exchange: Exchange) -> str | None:
+    """The model to compare with; None where the request is not one to be compared."""
+    plan, policy, record, wishes = exchange.plan, exchange.policy, exchange.record, exchange.wishes
+    if plan is None or plan.reason == "named" or record is None or record.status != "complete":
+        return None
+    if not wishes.write_cache or exchange.request.choices != 1:
+        return None  # who asks for nothing to be kept gets no second answer made
+    reference = exchange.reference if exchange.reference is not None else policy.baseline
+    served = serving(exchange.attempts)
+    if served is None or served.cost is None or reference is None or reference == served.model:
+        return None
+    # A candidate passed every hard constraint: the policy allows it and it can do what the request needs.
+    if all(candidate.model != reference for candidate in plan.candidates):
+        return None
+    price = exchange.prices.get(reference)
+    if price is None or total(price_usage(served.usage, price)) <= NanoUSD(served.cost):
+        return None
+    return reference
