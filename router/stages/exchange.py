@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from classifiers.classifier import Verdict
+from classifiers.success_features import PromptFeatures
 from router.core.decide import Plan, Question
-from router.core.learning import Label
+from router.core.learning import Estimate, Label
 from router.core.policy import EffectivePolicy
 from router.core.ports import Snapshot
 from router.core.types import (
@@ -58,9 +59,11 @@ class Exchange:
     potential_savings: NanoUSD | None = None
 
     # learn, where the policy has it
-    features: bytes | None = None
+    features: PromptFeatures | None = None
     features_encoder: str | None = None
     kept_prompt: str | None = None
+    estimates: dict[tuple[str, str, float | None], Mapping[str, Estimate]] = field(default_factory=dict)
+    """What an artefact predicts for a class and difficulty, by the artefact's id and those."""
     labels: tuple[Label, ...] = ()
 
     # reserve

@@ -48,7 +48,7 @@ class Learn:
         if learn is None:
             return
         prompt = exchange.request.prompt
-        exchange.features = prompt_features.pack(prompt, self._encoder)
+        exchange.features = prompt_features.read(prompt, self._encoder)
         exchange.features_encoder = self._encoder.id
         if learn.keep_prompts:
             exchange.kept_prompt = prompt

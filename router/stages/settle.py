@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from datetime import datetime
 
+from classifiers import prompt_features
 from router.core.errors import RequestError
 from router.core.ports import BudgetStore, Clock, Journal
 from router.core.pricing import price_usage, total
@@ -156,7 +157,7 @@ class Settle:
             first_token_ms=exchange.first_token_ms,
             duration_ms=1000 * (self._clock.monotonic() - exchange.started),
             attempts=attempts,
-            features=exchange.features,
+            features=prompt_features.pack(exchange.features) if exchange.features is not None else None,
             features_encoder=exchange.features_encoder,
             prompt=exchange.kept_prompt,
             labels=exchange.labels,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from classifiers import features, prompt_features
+from classifiers import prompt_features
 from classifiers.encoder import DATA_DIRECTORY, StaticEncoder
 from router.core.types import RequestRecord
 from tests.unit.pipeline_parts import GOOD_ANSWER, GOOD_STREAM, POLICY, Rig, Script, chunk
@@ -43,16 +43,29 @@ async def test_features_travel_with_the_record_and_the_prompt_only_when_asked(en
     record = await settle(Rig(policy=LEARN, encoder=encoder))
     assert record.features is not None
     assert (record.features_encoder, record.prompt, record.labels) == (encoder.id, None, ())
-    found = prompt_features.unpack(record.features, encoder.dimensions)
-    assert np.allclose(found[: encoder.dimensions], encoder.encode((PROMPT,))[0], atol=1e-3)
-    assert np.allclose(found[encoder.dimensions :], features.structure(PROMPT), atol=0.01)
+    found, expected = prompt_features.unpack(record.features), prompt_features.read(PROMPT, encoder)
+    assert np.allclose(found.vector, encoder.encode((PROMPT,))[0], atol=1e-3)
+    assert np.allclose(found.structure, expected.structure, atol=0.01)
+    assert np.array_equal(found.grams, expected.grams)
+    assert np.array_equal(found.counts, expected.counts)
     assert PROMPT.encode() not in record.features
     assert (await settle(Rig(policy=KEEP, encoder=encoder))).prompt == PROMPT
 
 
-def test_features_of_another_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="hold 10 numbers"):
-        prompt_features.unpack(b"\0" * 20, 256)
+@pytest.mark.parametrize("text", ["", "hi", "the " * 3000, "\ud800 \0 \u6f22", "1e999 " * 50])
+def test_features_of_any_text_come_back(encoder: StaticEncoder, text: str) -> None:
+    packed = prompt_features.pack(prompt_features.read(text, encoder))
+    found = prompt_features.unpack(packed)
+    assert np.isfinite(found.vector).all()
+    assert found.counts.shape == found.grams.shape
+    assert prompt_features.pack(found) == packed
+
+
+def test_packed_features_that_are_not_ours_are_refused(encoder: StaticEncoder) -> None:
+    packed = prompt_features.pack(prompt_features.read(PROMPT, encoder))
+    for broken in (b"", b"\x02" + packed[1:], packed[:-1], packed + b"x", packed[:1] + b"\x01" + packed[2:]):
+        with pytest.raises(ValueError, match="packed features"):
+            prompt_features.unpack(broken)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from router.adapters.journal import ATTEMPT, JournalReader, journal_folders
-from router.adapters.sql.database import unavailable, writing
+from router.adapters.sql.database import one_snapshot, unavailable, writing
 from router.adapters.sql.ledger import label_row, without_nul
-from router.adapters.sql.schema import labels, requests
+from router.adapters.sql.schema import TOKEN_COLUMNS, labels, request_features, requests
 from router.core.errors import InvalidRequest, NotFound, Overloaded, UnavailableError
 from router.core.learning import Label
 from router.core.ports import Clock
-from router.core.types import Caller
+from router.core.types import Caller, Usage
 
 FEEDBACK = "feedback"
 LOOKS = (0.0, 0.1, 0.2, 0.4)
@@ -167,3 +168,91 @@ def keep_feedback(
         row = dict(zip(labels.c.keys(), label_row(label, at, revision), strict=True))
         connection.execute(sa.insert(labels).values(row))
     return True
+
+
+# ---- what is learned from ----
+
+MAX_LABELS = 50_000
+"""The newest are read; each comes with a few hundred bytes of features."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRow:
+    """A label with what is known of its request. `prompt_id` is the request whose features these are: of a cache hit
+    the one that was answered first. `usage` is that of the labelled request.
+    """
+
+    label: Label
+    prompt_id: str
+    features: bytes
+    prompt_class: str | None
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledTraffic:
+    """`rows`, the oldest first; `without_features`: labels of requests nothing else was kept of, or for another
+    encoder; `served`: how many requests with features each model answered.
+    """
+
+    rows: tuple[LabelledRow, ...]
+    without_features: int
+    served: Mapping[str, int]
+
+
+def labelled_traffic(engine: Engine, encoder_id: str, limit: int = MAX_LABELS) -> LabelledTraffic:
+    """The newest revision of each label with its features, from one snapshot. Raises UnavailableError."""
+    one_judgement = (labels.c.request_id, labels.c.model, labels.c.source, labels.c.key_id)
+    number = sa.func.row_number().over(partition_by=one_judgement, order_by=labels.c.revision.desc())
+    newest = sa.select(labels, number.label("number")).subquery()
+    own, first = request_features.alias("own"), request_features.alias("first")
+    joined = (
+        newest.outerjoin(requests, requests.c.id == newest.c.request_id)
+        .outerjoin(own, sa.and_(own.c.request_id == requests.c.id, own.c.encoder_id == encoder_id))
+        .outerjoin(
+            first, sa.and_(first.c.request_id == requests.c.cache_entry, first.c.encoder_id == encoder_id)
+        )
+    )
+    query = (
+        sa.select(
+            newest,
+            sa.func.coalesce(own.c.request_id, first.c.request_id).label("prompt_id"),
+            sa.func.coalesce(own.c.features, first.c.features).label("features"),
+            requests.c.prompt_class,
+            *(requests.c[name] for name in TOKEN_COLUMNS),
+        )
+        .select_from(joined)
+        .where(newest.c.number == 1)
+        .order_by(newest.c.at.desc(), newest.c.id)
+        .limit(limit)
+    )
+    counted = (
+        sa.select(requests.c.served_model, sa.func.count())
+        .join(request_features, request_features.c.request_id == requests.c.id)
+        .where(requests.c.served_model.is_not(None), request_features.c.encoder_id == encoder_id)
+        .group_by(requests.c.served_model)
+    )
+    rows: list[LabelledRow] = []
+    without = 0
+    try:
+        with one_snapshot(engine) as connection:
+            for row in connection.execute(query).mappings():
+                if row["features"] is None:
+                    without += 1
+                    continue
+                rows.append(
+                    LabelledRow(
+                        label=Label(**{name: row[name] for name in _LABEL_FIELDS}),
+                        prompt_id=row["prompt_id"],
+                        features=bytes(row["features"]),
+                        prompt_class=row["prompt_class"],
+                        usage=Usage(*(row[name] for name in TOKEN_COLUMNS)),
+                    )
+                )
+            served = {row[0]: row[1] for row in connection.execute(counted)}
+    except SQLAlchemyError as error:
+        raise unavailable(error) from None
+    return LabelledTraffic(tuple(reversed(rows)), without, served)
+
+
+_LABEL_FIELDS = tuple(field.name for field in fields(Label))
