@@ -71,7 +71,9 @@ def read_families(directory: Path | None = None) -> list[Family]:
     """Read every family. Raises ValueError naming file and block on an unknown kind or an empty request."""
     families = []
     for path in sorted(((directory or DIRECTORY) / "families").glob("*.txt")):
-        for number, block in enumerate(re.split(r"\n\s*\n", path.read_text(encoding="utf-8").strip()), start=1):
+        for number, block in enumerate(
+            re.split(r"\n\s*\n", path.read_text(encoding="utf-8").strip()), start=1
+        ):
             where = f"{path.name}, block {number}"
             slots: list[Slot] = []
             requests: list[tuple[str, list[str]]] = [("paraphrase", [])]
@@ -94,7 +96,12 @@ def read_families(directory: Path | None = None) -> list[Family]:
                 raise ValueError(f"{where}: a request without a wording")
             digest = hashlib.sha256(block.encode()).hexdigest()[:8]
             families.append(
-                Family(path.stem, f"{path.stem}-{digest}", tuple(slots), tuple((k, tuple(w)) for k, w in requests))
+                Family(
+                    path.stem,
+                    f"{path.stem}-{digest}",
+                    tuple(slots),
+                    tuple((k, tuple(w)) for k, w in requests),
+                )
             )
     return families
 
@@ -159,7 +166,11 @@ def expand(family: Family) -> Iterator[Pair]:
             if len(family.requests) == 1:
                 continue
             kind, wordings = rng.choice(family.requests[1:])
-            first = own[0] if rng.random() < 0.85 else rng.choice([w for _, w in family.requests if w != wordings])
+            first = (
+                own[0]
+                if rng.random() < 0.85
+                else rng.choice([w for _, w in family.requests if w != wordings])
+            )
             a, b = rng.choice(first), rng.choice(wordings)
             if rng.random() < 0.5:
                 # The sibling's first wording is mostly the request's first wording with one change.
@@ -216,7 +227,15 @@ CONTRACTIONS = (
     ("Can I ", "Am I able to "),
     ("Do you ", "Do you guys "),
 )
-OPENERS = ("Hi, ", "Hello! ", "Quick question: ", "Please tell me: ", "hey ", "Good morning, ", "Sorry to bother you, ")
+OPENERS = (
+    "Hi, ",
+    "Hello! ",
+    "Quick question: ",
+    "Please tell me: ",
+    "hey ",
+    "Good morning, ",
+    "Sorry to bother you, ",
+)
 CLOSERS = (" Thanks!", " Thank you", " please", " Many thanks.", " Cheers", " thx")
 
 
@@ -228,7 +247,9 @@ def sprinkle(text: str, rng: random.Random, chance: float) -> str:
         way = rng.randrange(7)
         if way == 0:
             opener = rng.choice(OPENERS)
-            text = opener + (text[0].lower() + text[1:] if text[:2] not in ("I ", "I'") and rng.random() < 0.7 else text)
+            text = opener + (
+                text[0].lower() + text[1:] if text[:2] not in ("I ", "I'") and rng.random() < 0.7 else text
+            )
         elif way == 1:
             text = text + rng.choice(CLOSERS)
         elif way == 2 and len(text) < 90:
@@ -281,7 +302,9 @@ def main() -> None:
         lines = [json.dumps(asdict(p), ensure_ascii=False) for p in pairs if p.domain == domain]
         (DIRECTORY / f"{domain}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     same = sum(p.same for p in pairs)
-    print(f"{len(pairs)} pairs, {same} same ({same / len(pairs):.0%}), {len({p.family for p in pairs})} families")
+    print(
+        f"{len(pairs)} pairs, {same} same ({same / len(pairs):.0%}), {len({p.family for p in pairs})} families"
+    )
 
 
 if __name__ == "__main__":

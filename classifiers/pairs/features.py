@@ -1,0 +1,319 @@
+"""Numbers about a pair of prompts, from which the verifier judges whether one answer serves both.
+
+A prompt is read once (`PairFeatures.read`, about 0.2 ms, to be kept beside a stored entry); comparing two readings
+costs about 0.1 ms. All numbers are symmetric in the two prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from classifiers.encoder import Encoder
+from classifiers.pairs import guard
+from classifiers.pairs.lexicon import ANTONYM, BROADER, DERIVED, NONE, SIMILAR, SISTER, SYNONYM, Lexicon
+
+Vector = NDArray[np.float32]
+
+# Of a longer prompt this many content words are aligned.
+MAX_WORDS = 64
+# Relations are looked up among this many words that only one of the two has.
+MAX_RELATED = 12
+FUNCTION = frozenset(
+    "a an the this that these those i me my mine we us our you your he him his she her it its they them their is are was "
+    "were be been being am do does did doing have has had having can could may might will would shall should must of to in "
+    "on at by for with from as into about than then so such if or and but what which who whom whose when where why how "
+    "there here not no nor too very just also any some s t d ll m o re ve y up out off over under again further once "
+    "all both each few more most other own same please get got want like need know tell give let way ok okay possible "
+    "allowed able one thing things % - / . ,".split()
+)
+ASKS = (
+    "what",
+    "which",
+    "who",
+    "when",
+    "where",
+    "why",
+    "how",
+    "amount",
+    "many",
+    "duration",
+    "measure",
+    "yesno",
+    "do",
+)
+PLACES = ("who", "when", "where", "why", "amount", "many", "duration", "measure")
+RELATIONS = (SYNONYM, DERIVED, SIMILAR, BROADER, SISTER, ANTONYM)
+PREPOSITIONS = frozenset(
+    "of to in on at by for with from into about over under before after during within between through against "
+    "without until since across behind beyond near".split()
+)
+COURTEOUS = frozenset("i you me can could would please how do what is the".split())
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPrompt:
+    """A prompt as it is compared: the guard's reading, base forms, content words with vectors and rarities."""
+
+    reading: guard.Reading
+    lemmas: tuple[str, ...]
+    content: tuple[str, ...]
+    vectors: Vector
+    rarities: tuple[float, ...]
+    static: Vector
+    grams: frozenset[str]
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of the features, in the order of `PairFeatures.compare`."""
+    return (
+        "cosine", "cosine_static", "length_min", "length_max", "length_ratio", "words_shared", "content_shared",
+        "rarity_shared_min", "rarity_shared_max", "grams_shared", "prefix_suffix", "middle_min", "middle_max",
+        "same_words", "bigrams_shared",
+        "residual_mean_min", "residual_mean_max", "residual_worst_min", "residual_worst_max",
+        "left_min", "left_max", "left_rarity_min", "left_rarity_max", "left_sum_min", "left_sum_max",
+        "unexplained_min", "unexplained_max", "unexplained_sum_min", "unexplained_sum_max",
+        "left_best_cosine", "left_mean_cosine", "left_centre_cosine",
+        *(f"relation_{name}" for name in ("synonym", "derived", "similar", "broader", "sister", "antonym")),
+        "single", "single_cosine", "single_rarity_min", "single_rarity_max", "single_relation",
+        *(f"guard_{reason}" for reason in guard.REASONS), "guard_count",
+        "names_alone_min", "names_alone_max", "names_shared", "numbers_shared", "numbers_alone", "dates_alone",
+        "scope_alone_min", "scope_alone_max", "negations_alone", "negated_both", "formats_shared",
+        "asks_same", "asks_do_one", "asks_yesno_one",
+        *(f"asks_{name}_one" for name in PLACES),
+        "poles_alone_min", "poles_alone_max", "negative_alone_min", "negative_alone_max", "negative_shared",
+        "inverted", "route_turned", "route_same", "little_changed",
+        "owners_alone", "prepositions_alone", "function_alone", "typo", "unknown_alone", "last_word_same", "head_cosine",
+    )  # fmt: skip
+
+
+class PairFeatures:
+    """Reads prompts and compares them with a lexicon and the static encoder's word vectors."""
+
+    def __init__(self, lexicon: Lexicon, static: Encoder) -> None:
+        self._lexicon = lexicon
+        self._static = static
+        self._vector = lru_cache(maxsize=8192)(self._encode)
+
+    def _encode(self, word: str) -> Vector:
+        return self._static.encode([word])[0]
+
+    def read(self, text: str) -> ReadPrompt:
+        """Read a prompt: bounded work, any text."""
+        reading = guard.read(text)
+        lemma, rarity = self._lexicon.lemma, self._lexicon.rarity
+        lemmas = tuple(lemma(word) for word in reading.words[:400])
+        content = tuple(dict.fromkeys(w for w in lemmas if w not in FUNCTION))[:MAX_WORDS]
+        if not content:
+            content = tuple(dict.fromkeys(lemmas))[:MAX_WORDS] or ("",)
+        joined = " ".join(lemmas)[:600]
+        return ReadPrompt(
+            reading=reading,
+            lemmas=lemmas,
+            content=content,
+            vectors=np.stack([self._vector(word) for word in content]),
+            rarities=tuple(rarity(word) for word in content),
+            static=self._static.encode([text])[0],
+            grams=frozenset(joined[i : i + 3] for i in range(max(len(joined) - 2, 1))),
+        )
+
+    def compare(self, a: ReadPrompt, b: ReadPrompt, cosine: float) -> NDArray[np.float32]:
+        """Return the features, shape (len(names()),). `cosine`: of the two prompts' vectors by the cache's encoder."""
+        x, y = a.reading, b.reading
+        lexicon = self._lexicon
+        out: list[float] = [cosine, float(a.static @ b.static)]
+        short, long = sorted((len(a.lemmas), len(b.lemmas)))
+        out += [short, long, short / max(long, 1)]
+        set_a, set_b = set(a.lemmas), set(b.lemmas)
+        content_a, content_b = set(a.content), set(b.content)
+        typos = 0
+        for odd, others, into in (
+            (content_a - set_b, content_b, set_b),
+            (content_b - set_a, content_a, set_a),
+        ):
+            for word in odd:
+                if not lexicon.known(word) and (meant := next((o for o in others if _typo(word, o)), None)):
+                    # Both spellings count as present on both sides.
+                    typos += 1
+                    into.add(word)
+                    (set_a if into is set_b else set_b).add(meant)
+        out.append(_jaccard(set_a, set_b))
+        out.append(_jaccard(content_a, content_b))
+        has_a, has_b = [w in set_b for w in a.content], [w in set_a for w in b.content]
+        weights_a, weights_b = [r + 0.05 for r in a.rarities], [r + 0.05 for r in b.rarities]
+        total_a, total_b = sum(weights_a), sum(weights_b)
+        out += _ordered(
+            sum(w for w, has in zip(weights_a, has_a, strict=True) if has) / total_a,
+            sum(w for w, has in zip(weights_b, has_b, strict=True) if has) / total_b,
+        )
+        out.append(_jaccard(a.grams, b.grams))
+        prefix, suffix = _ends(a.lemmas, b.lemmas)
+        out.append((prefix + suffix) / max(long, 1))
+        out += _ordered(len(a.lemmas) - prefix - suffix, len(b.lemmas) - prefix - suffix)
+        out.append(float(sorted(a.lemmas) == sorted(b.lemmas)))
+        out.append(
+            _jaccard(
+                set(zip(a.lemmas, a.lemmas[1:], strict=False)), set(zip(b.lemmas, b.lemmas[1:], strict=False))
+            )
+        )
+
+        similar = a.vectors @ b.vectors.T
+        # Plain lists from here: prompts are short, and an array operation costs more than a dozen additions.
+        rest_a = [
+            0.0 if has else (1.0 - best) * w
+            for has, best, w in zip(has_a, similar.max(axis=1).tolist(), weights_a, strict=True)
+        ]
+        rest_b = [
+            0.0 if has else (1.0 - best) * w
+            for has, best, w in zip(has_b, similar.max(axis=0).tolist(), weights_b, strict=True)
+        ]
+        out += _ordered(sum(rest_a) / total_a, sum(rest_b) / total_b)
+        out += _ordered(max(rest_a), max(rest_b))
+
+        left_a = [i for i, has in enumerate(has_a) if not has]
+        left_b = [i for i, has in enumerate(has_b) if not has]
+        rare_a, rare_b = [a.rarities[i] for i in left_a], [b.rarities[i] for i in left_b]
+        out += _ordered(len(left_a), len(left_b))
+        out += _ordered(max(rare_a, default=0.0), max(rare_b, default=0.0))
+        out += _ordered(sum(rare_a), sum(rare_b))
+        counts = dict.fromkeys(RELATIONS, 0)
+        explained_a: set[int] = set()
+        explained_b: set[int] = set()
+        for i in left_a[:MAX_RELATED]:
+            for j in left_b[:MAX_RELATED]:
+                relation = lexicon.relation(a.content[i], b.content[j])
+                if relation != NONE:
+                    counts[relation] += 1
+                    if relation in (SYNONYM, DERIVED, SIMILAR):
+                        explained_a.add(i)
+                        explained_b.add(j)
+        odd_out_a = [i for i in left_a if i not in explained_a]
+        odd_out_b = [i for i in left_b if i not in explained_b]
+        out += _ordered(
+            max((a.rarities[i] for i in odd_out_a), default=0.0),
+            max((b.rarities[i] for i in odd_out_b), default=0.0),
+        )
+        out += _ordered(sum(rest_a[i] for i in odd_out_a), sum(rest_b[i] for i in odd_out_b))
+        if len(left_a) and len(left_b):
+            block = similar[left_a][:, left_b]
+            rows, columns = block.max(axis=1).tolist(), block.max(axis=0).tolist()
+            centre_a, centre_b = a.vectors[left_a].sum(axis=0), b.vectors[left_b].sum(axis=0)
+            length = float(np.sqrt((centre_a @ centre_a) * (centre_b @ centre_b)))
+            out += [
+                max(rows),
+                (sum(rows) / len(rows) + sum(columns) / len(columns)) / 2,
+                float(centre_a @ centre_b) / max(length, 1e-6),
+            ]
+        else:
+            out += [np.nan, np.nan, np.nan]
+        out += [float(counts[relation]) for relation in RELATIONS]
+        if len(left_a) == 1 and len(left_b) == 1:
+            i, j = left_a[0], left_b[0]
+            out += [1.0, float(similar[i, j]), *_ordered(a.rarities[i], b.rarities[j])]
+            out.append(float(lexicon.relation(a.content[i], b.content[j])))
+        else:
+            out += [0.0, np.nan, np.nan, np.nan, np.nan]
+
+        reasons = guard.reasons(x, y)
+        out += [float(reason in reasons) for reason in guard.REASONS]
+        out.append(float(len(reasons)))
+        vocabulary_a, vocabulary_b = x.vocabulary, y.vocabulary
+        out += _ordered(len(x.names - vocabulary_b - y.names), len(y.names - vocabulary_a - x.names))
+        out += [
+            len(x.names & y.names),
+            len(x.numbers & y.numbers),
+            len(x.numbers ^ y.numbers),
+            len(x.dates ^ y.dates),
+        ]
+        out += _ordered(len(x.scope - y.scope), len(y.scope - x.scope))
+        out += [
+            len(x.negations ^ y.negations),
+            float(bool(x.negations & y.negations)),
+            len(x.formats & y.formats),
+        ]
+        asks = {x.asks, y.asks}
+        out += [
+            float(len(asks) == 1),
+            float(len(asks) == 2 and "do" in asks),
+            float(len(asks) == 2 and "yesno" in asks),
+        ]
+        out += [float(len(asks) == 2 and place in asks) for place in PLACES]
+        alone_a, alone_b = [a.content[i] for i in left_a], [b.content[i] for i in left_b]
+        only_a, only_b = vocabulary_a - vocabulary_b, vocabulary_b - vocabulary_a
+        out += _ordered(sum(w in guard.OPPOSITES for w in only_a), sum(w in guard.OPPOSITES for w in only_b))
+        out += _ordered(
+            sum(_negative(w, lexicon) for w in only_a), sum(_negative(w, lexicon) for w in only_b)
+        )
+        out.append(sum(w in guard.NEGATIVE for w in vocabulary_a & vocabulary_b))
+        out.append(_inverted(a.content, b.content))
+        out += [float(guard.turned(x.route, y.route)), float(x.route == y.route and any(x.route))]
+        out.append(len(only_a) + len(only_b))
+        out.append(len(x.owners ^ y.owners))
+        out.append(len((vocabulary_a ^ vocabulary_b) & PREPOSITIONS))
+        out.append(len((set_a ^ set_b) & FUNCTION))
+        unknown = sum(not lexicon.known(w) for w in alone_a) + sum(not lexicon.known(w) for w in alone_b)
+        out += [float(typos), float(unknown)]
+        out.append(float(a.lemmas[-1:] == b.lemmas[-1:]))
+        out.append(float(a.vectors[-1] @ b.vectors[-1]))
+        return np.asarray(out, dtype=np.float32)
+
+    def table(self, pairs: Sequence[tuple[str, str]], cosines: Sequence[float]) -> NDArray[np.float32]:
+        """Return the features of many pairs, shape (len(pairs), len(names()))."""
+        read = {text: self.read(text) for pair in pairs for text in pair}
+        rows = [self.compare(read[a], read[b], c) for (a, b), c in zip(pairs, cosines, strict=True)]
+        return np.stack(rows)
+
+
+def _ordered(a: float, b: float) -> tuple[float, float]:
+    return (a, b) if a <= b else (b, a)
+
+
+def _jaccard(a: set | frozenset, b: set | frozenset) -> float:  # type: ignore[type-arg]
+    union = len(a | b)
+    return len(a & b) / union if union else 1.0
+
+
+def _ends(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[int, int]:
+    """Return how many words the two share at their start and (beyond that) at their end."""
+    shorter = min(len(a), len(b))
+    prefix = 0
+    while prefix < shorter and a[prefix] == b[prefix]:
+        prefix += 1
+    suffix = 0
+    while suffix < shorter - prefix and a[-1 - suffix] == b[-1 - suffix]:
+        suffix += 1
+    return prefix, suffix
+
+
+def _negative(word: str, lexicon: Lexicon) -> bool:
+    """Tell whether a word turns or belittles: "worst", "avoid", "unsuitable"."""
+    if word in guard.NEGATIVE or word in guard.NEGATIONS:
+        return True
+    return any(
+        word.startswith(prefix) and len(word) > len(prefix) + 3 and lexicon.known(word[len(prefix) :])
+        for prefix in ("un", "dis", "non", "in", "im", "il", "ir")
+    )
+
+
+def _inverted(a: tuple[str, ...], b: tuple[str, ...]) -> float:
+    """Return the share of pairs of shared content words that stand in the other order (0 when there is none)."""
+    place = {word: i for i, word in enumerate(b)}
+    order = [place[word] for word in a if word in place]
+    count = len(order)
+    if count < 2:
+        return 0.0
+    turned = sum(order[i] > order[j] for i in range(count) for j in range(i + 1, count))
+    return turned / (count * (count - 1) / 2)
+
+
+def _typo(odd: str, word: str) -> bool:
+    """Tell whether an unknown word is another with two neighbouring letters swapped, or one more or less."""
+    if odd == word or len(odd) < 4 or abs(len(odd) - len(word)) > 1 or odd[0] != word[0]:
+        return False
+    prefix, suffix = _ends(tuple(odd), tuple(word))
+    rest_a, rest_b = odd[prefix : len(odd) - suffix], word[prefix : len(word) - suffix]
+    return len(rest_a) + len(rest_b) == 1 or (len(rest_a) == 2 and rest_a == rest_b[::-1])

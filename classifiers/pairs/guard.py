@@ -1,0 +1,738 @@
+"""The guard: reads from two prompts what must agree for one answer to serve both, and says what does not.
+
+Pure and quick. It knows English words and any digits; it refuses on evidence and never vouches for a pair: what it
+passes is for the verifier to judge.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+# A prompt is read up to here; of a longer one the rest is compared by its hash alone (`Reading.rest`).
+MAX_CHARACTERS = 4000
+
+REASONS = (
+    "number",
+    "number_alone",
+    "date",
+    "date_alone",
+    "unit",
+    "name",
+    "negation",
+    "opposite",
+    "scope",
+    "order",
+    "format",
+    "person",
+    "rest",
+)
+
+TOKEN = re.compile(
+    r"\d{1,2}:\d{2}(?::\d{2})?|\d{4}-\d{2}-\d{2}|\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)?|[%$€£¥°#+*/=<>^@&|~\\-]"
+)
+
+COURTESY = frozenset(
+    "hi hello hey please thanks thank thx cheers sorry kindly pls good morning afternoon evening dear greetings".split()
+)
+OPENINGS = re.compile(
+    r"^(?:\s*(?:hi|hello|hey|dear|good (?:morning|afternoon|evening)|sorry to bother you|quick question|please tell me|"
+    r"excuse me|i have a question|just wondering|question)(?: there| all| team| guys)?\s*[,!.:;-]+\s*)+",
+    re.IGNORECASE,
+)
+CLOSINGS = re.compile(
+    r"[\s,.!?-]*(?:many thanks|thanks(?: a lot| so much| in advance)?|thank you(?: very much| so much)?|cheers|thx|please|pls)[\s.!]*$",
+    re.IGNORECASE,
+)
+CONTRACTED = {
+    "n't": " not",
+    "'re": " are",
+    "'ve": " have",
+    "'ll": " will",
+    "'m": " am",
+    "'d": " would",
+}
+IS_AFTER = frozenset("what who where how when why that there it he she here which let".split())
+
+NUMBER_WORDS = {
+    word: value
+    for value, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen twenty".split()
+    )
+} | {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
+SCALES = {
+    "hundred": 100,
+    "thousand": 1000,
+    "million": 10**6,
+    "billion": 10**9,
+    "dozen": 12,
+    "k": 1000,
+    "m": 10**6,
+}
+ORDINALS = {
+    word: value
+    for value, word in enumerate(
+        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split(), start=1
+    )
+}
+# Unit -> (kind, factor to the kind's smallest unit). Kinds are compared, so "two weeks" is "14 days".
+UNITS: dict[str, tuple[str, float]] = {}
+for _kind, _entries in {
+    "time": "second sec 1 minute min mins 60 hour hr hrs 3600 day 86400 week 604800 fortnight 1209600 "
+    "month 2629800 year yr 31557600 decade 315576000",
+    "mass": "mcg microgram 0.001 mg milligram 1 g gram gramme 1000 kg kilo kilogram kilogramme 1000000 "
+    "lb lbs pound 453592.37 oz ounce 28349.5 ton tonne 1000000000",
+    "length": "mm millimetre millimeter 1 cm centimetre centimeter 10 m metre meter 1000 km kilometre kilometer "
+    "1000000 mile mi 1609344 inch inches 25.4 foot feet ft 304.8 yard 914.4",
+    "volume": "ml millilitre milliliter 1 cl 10 dl 100 litre liter 1000 gallon 3785.4 pint 473 cup 240 "
+    "tablespoon tbsp 15 teaspoon tsp 5",
+    "data": "byte 1 kb kilobyte 1000 mb megabyte 1000000 gb gigabyte 1000000000 tb terabyte 1000000000000",
+    "dollar": "$ usd dollar buck 1",
+    "euro": "€ eur euro 1",
+    "sterling": "£ gbp quid 1",
+    "yen": "¥ jpy yen 1",
+    "percent": "% percent pct 1",
+    "celsius": "celsius centigrade 1",
+    "fahrenheit": "fahrenheit 1",
+    "kelvin": "kelvin 1",
+    "word": "word 1",
+    "character": "character char 1",
+    "sentence": "sentence 1",
+    "paragraph": "paragraph 1",
+    "bullet": "bullet 1",
+    "token": "token 1",
+}.items():
+    _names: list[str] = []
+    for _entry in _entries.split():
+        try:
+            _factor = float(_entry)
+        except ValueError:
+            _names.append(_entry)
+            continue
+        for _name in _names:
+            UNITS[_name] = (_kind, _factor)
+        _names = []
+# Units that may stand without a number and still say what is asked for.
+ASKED_UNITS = {name: kind for name, (kind, _) in UNITS.items() if len(name) > 2}
+
+WEEKDAYS = {}
+for _day in "monday tuesday wednesday thursday friday saturday sunday".split():
+    WEEKDAYS |= {_day: _day, _day + "s": _day}
+WEEKDAYS |= {"mon": "monday", "tue": "tuesday", "wed": "wednesday", "thu": "thursday", "fri": "friday"}
+MONTHS = {}
+for _place, _month in enumerate(
+    "january february march april may june july august september october november december".split(), start=1
+):
+    MONTHS[_month] = _place
+    if _month != "may":
+        MONTHS[_month[:3]] = _place
+MONTHS.pop("mar")
+RELATIVE = {
+    "today": "today",
+    "tonight": "tonight",
+    "tomorrow": "tomorrow",
+    "yesterday": "yesterday",
+    "weekend": "weekend",
+    "weekends": "weekend",
+    "spring": "spring",
+    "summer": "summer",
+    "autumn": "autumn",
+    "winter": "winter",
+    "christmas": "christmas",
+    "easter": "easter",
+    "noon": "12:00",
+    "midnight": "00:00",
+}
+QUARTER = re.compile(r"^q[1-4]$")
+
+NEGATIONS = frozenset(
+    "not no never without neither nor cannot none nobody nothing nowhere non except excluding exclude lacking lacks "
+    "lack stop avoid refuse unable fail fails failed prevent forbidden banned prohibited ban prohibit".split()
+)
+# Of those, words that turn the request itself; two of them cancel out.
+TURNING = frozenset("not no never without neither nor none nobody nothing non".split())
+
+SCOPE_GROUPS = (
+    "all every everyone everybody entire whole each any",
+    "some several few",
+    "only just solely exclusively",
+    "except besides apart excluding",
+    "first initial earliest",
+    "last final latest",
+    "second",
+    "third",
+    "next upcoming following",
+    "previous prior",
+    "before prior",
+    "after once",
+    "during while",
+    "until till",
+    "within under",
+    "over above",
+    "below beneath",
+    "between",
+    "at_least minimum min least",
+    "at_most maximum max most",
+    "both",
+    "half",
+    "double twice",
+    "single",
+    "always",
+    "sometimes occasionally",
+    "usually",
+    "permanent permanently forever",
+    "temporary temporarily",
+    "monthly",
+    "weekly",
+    "daily",
+    "yearly annual annually",
+    "hourly",
+    "quarterly",
+    "inside indoors",
+    "outside outdoors outdoor",
+    "online",
+    "offline",
+    "abroad overseas",
+    "national domestic",
+    "international",
+    "public",
+    "private",
+    "local",
+    "remote",
+    "free",
+    "premium",
+    "internal",
+    "external",
+)
+SCOPE = {}
+for _group in SCOPE_GROUPS:
+    for _word in _group.split():
+        SCOPE.setdefault(_word, _group.split()[0])
+
+OPPOSITES: dict[str, frozenset[str]] = {}
+_sides = [
+    ("enable activate", "disable deactivate"),
+    ("on", "off"),
+    ("increase raise grow", "decrease reduce lower cut"),
+    ("add include insert attach", "remove delete exclude drop"),
+    ("open", "close closed shut"),
+    ("start begin launch", "stop end finish quit"),
+    ("buy purchase", "sell"),
+    ("lend", "borrow"),
+    ("import", "export"),
+    ("upload", "download"),
+    ("lock", "unlock"),
+    ("block ban", "unblock unban"),
+    ("show display reveal", "hide conceal"),
+    ("accept approve allow permit", "reject decline refuse deny forbid ban prohibit block"),
+    ("install", "uninstall"),
+    ("connect link", "disconnect unlink"),
+    ("subscribe", "unsubscribe"),
+    ("join enter", "leave exit"),
+    ("upgrade", "downgrade"),
+    ("encrypt", "decrypt"),
+    ("encode", "decode"),
+    ("compress zip", "decompress unzip extract"),
+    ("serialize", "deserialize"),
+    ("push", "pull"),
+    ("send", "receive"),
+    ("give", "take"),
+    ("pay", "charge"),
+    ("win", "lose"),
+    ("gain", "lose"),
+    ("arrive arrival", "depart departure leave"),
+    ("good best better", "bad worst worse"),
+    ("advantage benefit pro upside", "disadvantage drawback con downside risk"),
+    ("cheap cheapest cheaper", "expensive dearest"),
+    ("high highest higher", "low lowest lower"),
+    ("big biggest large largest", "small smallest little"),
+    ("long longest longer", "short shortest shorter"),
+    ("fast fastest quick quickest", "slow slowest"),
+    ("hot warm", "cold cool"),
+    ("wet", "dry"),
+    ("full", "empty"),
+    ("early earliest earlier", "late latest later"),
+    ("new newest", "old oldest"),
+    ("young youngest", "old oldest elderly"),
+    ("hard difficult", "easy simple"),
+    ("strong", "weak"),
+    ("rich", "poor"),
+    ("safe", "unsafe dangerous risky"),
+    ("legal lawful", "illegal unlawful"),
+    ("possible", "impossible"),
+    ("valid", "invalid"),
+    ("positive", "negative"),
+    ("true", "false"),
+    ("right correct", "wrong incorrect"),
+    ("same", "different"),
+    ("common", "rare"),
+    ("public", "private"),
+    ("internal inside", "external outside"),
+    ("before", "after"),
+    ("above over", "below under"),
+    ("with", "without"),
+    ("more most", "less least fewer fewest"),
+    ("maximum max most", "minimum min least"),
+    ("first", "last"),
+    ("previous last past", "next upcoming future"),
+    ("ascending", "descending"),
+    ("synchronous sync", "asynchronous async"),
+    ("horizontal", "vertical"),
+    ("left", "right"),
+    ("up", "down"),
+    ("top", "bottom"),
+    ("front", "back rear"),
+    ("raw uncooked", "cooked"),
+    ("sweet", "salty savoury sour bitter"),
+    ("spicy hot", "mild bland"),
+    ("alcoholic", "nonalcoholic"),
+    ("male man men father dad husband son boy", "female woman women mother mum mom wife daughter girl"),
+    ("adult grown", "child kid children toddler baby infant"),
+    ("employer landlord seller teacher parent doctor", "employee tenant buyer student child patient"),
+    ("formal", "informal casual"),
+    ("temporary", "permanent"),
+    ("manual manually", "automatic automatically"),
+    ("import", "export"),
+    ("input", "output"),
+    ("read", "write"),
+    ("save", "spend discard"),
+    ("create make", "delete destroy remove"),
+    ("merge join", "split"),
+    ("lengthen expand extend", "shorten shrink"),
+    ("freeze", "unfreeze thaw defrost"),
+    ("mute", "unmute"),
+    ("pin", "unpin"),
+    ("archive", "unarchive restore"),
+    ("follow", "unfollow"),
+    ("hire", "fire dismiss"),
+    ("rent", "buy own"),
+    ("ask question", "answer"),
+    ("cause", "cure prevent"),
+    ("success succeed", "failure fail"),
+    ("profit", "loss"),
+    ("income revenue", "expense cost"),
+    ("debit", "credit"),
+    ("sunrise", "sunset"),
+    ("day", "night"),
+    ("am", "pm"),
+    ("domestic", "international"),
+    ("inbound incoming", "outbound outgoing"),
+    ("include", "exclude"),
+    ("part", "full"),
+]
+for _left, _right in _sides:
+    for _one, _two in ((_left, _right), (_right, _left)):
+        for _word in _one.split():
+            OPPOSITES[_word] = OPPOSITES.get(_word, frozenset()) | frozenset(_two.split())
+NEGATIVE = frozenset(word for _, right in _sides for word in right.split()) - frozenset("old student".split())
+PREFIXES = ("un", "in", "im", "il", "ir", "dis", "non", "de", "mis", "anti")
+
+FORMATS = frozenset(
+    "python javascript typescript java kotlin rust golang ruby php perl swift scala haskell bash powershell sql html css "
+    "react vue angular django flask json yaml xml csv toml markdown pdf docx xlsx excel latex table list bullets prose "
+    "english german french spanish italian portuguese dutch polish russian ukrainian chinese mandarin japanese korean "
+    "arabic hindi turkish swedish danish norwegian finnish greek hebrew czech hungarian romanian vietnamese thai welsh "
+    "indonesian latin irish catalan".split()
+)
+SAME_FORMAT = {
+    "js": "javascript",
+    "ts": "typescript",
+    "py": "python",
+    "golang": "go",
+    "md": "markdown",
+    "mandarin": "chinese",
+}
+
+OWNERS = {
+    "my": "me",
+    "me": "me",
+    "mine": "me",
+    "i": "me",
+    "our": "me",
+    "we": "me",
+    "us": "me",
+    "his": "him",
+    "he": "him",
+    "him": "him",
+    "her": "her",
+    "she": "her",
+    "their": "them",
+    "them": "them",
+}
+ALIASES = {
+    "uk": "britain",
+    "gb": "britain",
+    "usa": "america",
+    "us": "america",
+    "american": "america",
+    "british": "britain",
+    "nyc": "newyork",
+    "postgres": "postgresql",
+    "js": "javascript",
+    "k8s": "kubernetes",
+    "covid": "covid",
+}
+DIRECTED = frozenset(
+    "from to into than before after over under with by of but for compared versus instead between above below cause causes".split()
+)
+SWAPPING = frozenset("replace substitute swap exchange trade".split())
+LITTLE = frozenset("the a an my our your some any this that one on do how can i".split())
+QUESTION_WORDS = ("what", "which", "who", "whom", "whose", "when", "where", "why", "how")
+AUXILIARIES = frozenset(
+    "is are was were do does did can could may might will would shall should must has have had am".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one prompt says, as far as the guard reads it. Words are lower case with courtesies taken off."""
+
+    words: tuple[str, ...]
+    numbers: frozenset[str]
+    dates: frozenset[str]
+    units: frozenset[str]
+    names: frozenset[str]
+    negated: int
+    negations: frozenset[str]
+    scope: frozenset[str]
+    route: tuple[str, str]
+    formats: frozenset[str]
+    owners: frozenset[str]
+    asks: str
+    rest: int
+
+    @property
+    def vocabulary(self) -> frozenset[str]:
+        return frozenset(self.words)
+
+
+def read(text: str) -> Reading:
+    """Read one prompt. Never raises; linear in the first 4,000 characters."""
+    rest = hash(text[MAX_CHARACTERS:]) if len(text) > MAX_CHARACTERS else 0
+    text = text[:MAX_CHARACTERS].replace("’", "'")
+    text = CLOSINGS.sub("", OPENINGS.sub("", text)) or text
+    words: list[str] = []
+    names: set[str] = set()
+    starts = True
+    shouting = text.upper() == text
+    for match in TOKEN.finditer(text):
+        token = match[0]
+        lower = token.lower()
+        gap = text[max(match.start() - 2, 0) : match.start()]
+        starts = starts or "." in gap or "?" in gap or "!" in gap or "\n" in gap or ":" in gap
+        if token[0].isalpha():
+            if token[0].isupper() and not shouting and lower not in ("i", "i'm", "i'd", "i've", "i'll"):
+                inner = token[1:] != token[1:].lower()
+                if (
+                    (not starts or (inner and len(token) > 1))
+                    and lower not in MONTHS
+                    and lower not in WEEKDAYS
+                ):
+                    names.add(ALIASES.get(lower.removesuffix("'s"), lower.removesuffix("'s")))
+            words.extend(_expanded(lower))
+        else:
+            words.append(lower)
+        starts = False
+    words = [word for word in words if word not in COURTESY or word in ("morning", "evening", "afternoon")]
+    if not words:
+        words = [match[0].lower() for match in TOKEN.finditer(text)]
+    numbers, dates, units = _quantities(words)
+    vocabulary = set(words)
+    turning = sum(word in TURNING for word in words)
+    return Reading(
+        words=tuple(words),
+        numbers=frozenset(numbers),
+        dates=frozenset(dates),
+        units=frozenset(units),
+        names=frozenset(names),
+        negated=turning,
+        negations=frozenset(vocabulary & NEGATIONS),
+        scope=frozenset(SCOPE[word] for word in vocabulary if word in SCOPE),
+        route=_route(words),
+        formats=frozenset(SAME_FORMAT.get(w, w) for w in vocabulary if w in FORMATS or w in SAME_FORMAT),
+        owners=frozenset(OWNERS[word] for word in vocabulary if word in OWNERS),
+        asks=_asks(words),
+        rest=rest,
+    )
+
+
+def _expanded(word: str) -> list[str]:
+    if "'" not in word:
+        if word == "cannot":
+            return ["can", "not"]
+        if word in (
+            "dont",
+            "doesnt",
+            "isnt",
+            "cant",
+            "wont",
+            "didnt",
+            "arent",
+            "havent",
+            "wasnt",
+            "shouldnt",
+        ):
+            return ["can" if word == "cant" else "will" if word == "wont" else word[:-2], "not"]
+        return [word]
+    if word in ("can't", "won't", "shan't"):
+        return [{"can't": "can", "won't": "will", "shan't": "shall"}[word], "not"]
+    for ending, full in CONTRACTED.items():
+        if word.endswith(ending):
+            return [word.removesuffix(ending), full.strip()]
+    if word.endswith("'s"):
+        stem = word[:-2]
+        return [stem, "is"] if stem in IS_AFTER else [stem]
+    return [word.replace("'", "")]
+
+
+def _quantities(words: list[str]) -> tuple[set[str], set[str], set[str]]:
+    """Find numbers (in their unit's smallest part), dates and times, and units asked for without a number."""
+    numbers: set[str] = set()
+    dates: set[str] = set()
+    units: set[str] = set()
+    at, end = 0, len(words)
+    while at < end:
+        word = words[at]
+        following = words[at + 1] if at + 1 < end else ""
+        if word in WEEKDAYS:
+            dates.add(WEEKDAYS[word])
+        elif word in RELATIVE:
+            dates.add(RELATIVE[word])
+        elif QUARTER.match(word + following) and following.isdigit():
+            dates.add(word + following)
+            at += 1
+        elif word in MONTHS and (
+            word != "may" or following.isdigit() or (at and words[at - 1] in ("in", "of", "on", "by"))
+        ):
+            dates.add(f"month {MONTHS[word]}")
+        elif ":" in word and word[0].isdigit():
+            hour, minute = word.split(":")[:2]
+            hours = int(hour) + (12 if following == "pm" and int(hour) < 12 else 0)
+            dates.add(f"{hours:02d}:{minute}")
+            at += following in ("am", "pm")
+        elif word == "half" and following in ("an", "a") and at + 2 < end and words[at + 2] == "hour":
+            numbers.add("0.5 1800 time")
+            at += 2
+        elif word.count("-") == 2 and word[0].isdigit():
+            year, month, day = word.split("-")
+            dates.add(f"month {int(month)}")
+            numbers |= {f"{int(year)}", f"{int(day)}"}
+        elif word == "single" and _unit(following):
+            numbers.add(_amount(1.0, following))
+            at += 1
+        elif word == "two" and (following == "times" or (at and words[at - 1] == "between")):
+            pass
+        elif word[0].isdigit() or word in NUMBER_WORDS:
+            value, used = _value(words, at)
+            unit = words[at + used] if at + used < end else ""
+            while unit in ("-", "°", "degrees", "degree", "square", "cubic") and at + used + 1 < end:
+                used += 1
+                unit = words[at + used]
+            if unit in ("c", "f"):
+                unit = "celsius" if unit == "c" else "fahrenheit"
+            elif unit == "o" and words[at + used : at + used + 2] == ["o", "clock"] or unit == "oclock":
+                dates.add(f"{int(value):02d}:00")
+                at += used + 1
+                continue
+            before = words[at - 1] if at else ""
+            if unit in ("am", "pm"):
+                dates.add(f"{int(value) % 12 + (12 if unit == 'pm' else 0):02d}:00")
+                used += 1
+            elif unit in ("st", "nd", "rd", "th"):
+                numbers.add(f"{value:g}")
+                used += 1
+            elif unit in ("in",) and words[at + used : at + used + 3][1:2] == ["the"] and at + used + 2 < end:
+                part = words[at + used + 2]
+                if part in ("morning", "evening", "afternoon"):
+                    dates.add(f"{int(value) % 12 + (0 if part == 'morning' else 12):02d}:00")
+                    used += 3
+                else:
+                    numbers.add(f"{value:g}")
+            elif _unit(unit):
+                numbers.add(_amount(value, _unit(unit)))
+                used += 1
+            elif before in UNITS and UNITS[before][0] in ("dollar", "euro", "sterling", "yen"):
+                numbers.add(_amount(value, before))
+            # "one" alone is mostly a pronoun.
+            elif word != "one":
+                numbers.add(f"{value:g}")
+            at += used - 1
+        elif len(word) > 2 and _unit(word):
+            kind, factor = UNITS[_unit(word)]
+            units.add(f"{kind} {factor:g}")
+        at += 1
+    return numbers, dates, units
+
+
+def _unit(word: str) -> str:
+    if word in UNITS:
+        return word
+    return word[:-1] if word.endswith("s") and word[:-1] in UNITS else ""
+
+
+def _amount(value: float, unit: str) -> str:
+    kind, factor = UNITS[_unit(unit)]
+    return f"{value:g} {value * factor:.6g} {kind}"
+
+
+def _value(words: list[str], at: int) -> tuple[float, int]:
+    """Return the value of the number that starts at `at` and how many words it takes."""
+    word = words[at]
+    if word[0].isdigit():
+        plain = word.replace("-", "")
+        # 1,000 and 1.000.000 group by thousands, 3.5 and 3,5 do not.
+        if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", plain):
+            plain = plain.replace(",", "")
+        elif re.fullmatch(r"\d{1,3}(?:\.\d{3}){2,}", plain):
+            plain = plain.replace(".", "")
+        plain = plain.replace(",", ".")
+        try:
+            value = float(plain)
+        except ValueError:
+            value = float(int.from_bytes(plain.encode()[:7]))
+        used = 1
+    else:
+        value, used = float(NUMBER_WORDS[word]), 1
+        following = at + 1
+        if value >= 20 and following < len(words):
+            step = 1 if words[following] != "-" else 2
+            if at + step < len(words) and 0 < NUMBER_WORDS.get(words[at + step], 0) < 10:
+                value, used = value + NUMBER_WORDS[words[at + step]], step + 1
+    if at + used < len(words) and words[at + used] in SCALES:
+        value, used = value * SCALES[words[at + used]], used + 1
+    return value, used
+
+
+def _route(words: list[str]) -> tuple[str, str]:
+    """Return what is left and what is reached: of "from A to B", "A into B", "B instead of A", "replace A with B"."""
+    content = [(at, w) for at, w in enumerate(words) if w not in LITTLE]
+    before = {at: word for at, word in content}
+
+    def after(at: int) -> str:
+        return next((w for place, w in content if at < place <= at + 3), "")
+
+    def ahead(at: int) -> str:
+        return next((before[place] for place in range(at - 1, max(at - 4, -1), -1) if place in before), "")
+
+    left = reached = ""
+    since = until = False
+    for at, word in enumerate(words[:-1]):
+        if word == "from" and not since:
+            left, since = after(at), True
+        elif word in ("to", "into") and after(at) and (not reached or (since and not until)):
+            # "write to the team: it moves from Tuesday to Thursday": the one after "from" is meant.
+            reached, until = after(at), since
+            left = left or ahead(at)
+        elif word == "of" and at and words[at - 1] in ("instead", "place"):
+            left, reached = after(at), ahead(at - 1 if words[at - 1] == "instead" else at - 2)
+        elif word in ("with", "by", "for") and not reached and not SWAPPING.isdisjoint(words[:at]):
+            left, reached = ahead(at), after(at)
+    return left, reached
+
+
+def _asks(words: list[str]) -> str:
+    """Name what kind of answer is asked for: who, when, ..., amount, duration, yesno, or do."""
+    for at, word in enumerate(words[:24]):
+        if word in QUESTION_WORDS:
+            following = words[at + 1] if at + 1 < len(words) else ""
+            if word == "how":
+                if following in ("much", "expensive"):
+                    return "amount"
+                if following == "many":
+                    return "many"
+                if following in ("long", "soon", "quickly", "fast"):
+                    return "duration"
+                if following in ("often", "big", "far", "old", "high", "tall", "late", "early"):
+                    return "measure"
+                return "how"
+            if word in ("what", "which"):
+                if following in ("time", "year", "date", "day", "month", "hour", "century"):
+                    return "when"
+                if following in ("city", "country", "place", "town", "street", "address"):
+                    return "where"
+                if following in ("price", "cost", "fee", "fare"):
+                    return "amount"
+                if following in ("person", "man", "woman", "artist", "author", "company"):
+                    return "who"
+                return "what"
+            return "who" if word in ("whom", "whose") else word
+        if at == 0 and word in AUXILIARIES:
+            return "yesno"
+    return "do"
+
+
+def reasons(a: Reading, b: Reading) -> tuple[str, ...]:
+    """Return why one answer cannot serve both prompts, in the order of `REASONS`; empty when nothing was found."""
+    found: list[str] = []
+    alone_a, alone_b = unmatched(a.numbers, b.numbers), unmatched(b.numbers, a.numbers)
+    if alone_a or alone_b:
+        found.append("number" if alone_a and alone_b else "number_alone")
+    if a.dates != b.dates:
+        found.append("date" if a.dates - b.dates and b.dates - a.dates else "date_alone")
+    if a.units and b.units and a.units != b.units:
+        found.append("unit")
+    mine, yours = a.vocabulary, b.vocabulary
+    if any(n not in yours and n not in b.names for n in a.names) and any(
+        n not in mine and n not in a.names for n in b.names
+    ):
+        found.append("name")
+    if a.negated % 2 != b.negated % 2:
+        found.append("negation")
+    if opposed(mine - yours, yours - mine):
+        found.append("opposite")
+    only_a, only_b = a.scope - b.scope, b.scope - a.scope
+    if only_a and only_b:
+        found.append("scope")
+    if turned(a.route, b.route) or swapped(a, b):
+        found.append("order")
+    if a.formats - b.formats and b.formats - a.formats:
+        found.append("format")
+    if a.owners and b.owners and not a.owners & b.owners:
+        found.append("person")
+    if a.rest != b.rest:
+        found.append("rest")
+    return tuple(found)
+
+
+def unmatched(a: frozenset[str], b: frozenset[str]) -> bool:
+    """Tell whether `a` holds a quantity that `b` lacks; a bare number agrees with its value in any unit."""
+    if a <= b:
+        return False
+    others = [number.split(" ") for number in b]
+    return any(
+        not any(
+            one[1:] == other[1:] if len(one) == len(other) == 3 else one[0] == other[0] for other in others
+        )
+        for one in (number.split(" ") for number in a)
+    )
+
+
+def turned(a: tuple[str, str], b: tuple[str, str]) -> bool:
+    """Tell whether one prompt leaves what the other reaches."""
+    (left_a, reached_a), (left_b, reached_b) = a, b
+    if a == b or (left_a and left_a == left_b) or (reached_a and reached_a == reached_b):
+        return False
+    return bool((left_a and left_a == reached_b) or (left_b and left_b == reached_a))
+
+
+def swapped(a: Reading, b: Reading) -> bool:
+    """Tell whether the same words stand in another order around a word that gives the order a meaning."""
+    if a.words == b.words or len(a.words) != len(b.words) or DIRECTED.isdisjoint(a.words):
+        return False
+    return sorted(a.words) == sorted(b.words)
+
+
+def opposed(mine: frozenset[str], yours: frozenset[str]) -> bool:
+    """Tell whether a word only one prompt has is the opposite of a word only the other has."""
+    for word in mine:
+        if word in OPPOSITES and not OPPOSITES[word].isdisjoint(yours):
+            return True
+        for prefix in PREFIXES:
+            if word.startswith(prefix) and word[len(prefix) :] in yours and len(word) > len(prefix) + 2:
+                return True
+    for word in yours:
+        for prefix in PREFIXES:
+            if word.startswith(prefix) and word[len(prefix) :] in mine and len(word) > len(prefix) + 2:
+                return True
+    return False

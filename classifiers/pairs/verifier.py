@@ -1,0 +1,197 @@
+"""The verifier: how probable it is that the stored answer to one prompt is the right answer to another.
+
+Boosted trees over `classifiers.pairs.features`, trained by `classifiers/pairs/train.py`; at run time a handful of
+array look-ups. Before it stands the guard, which refuses on plain evidence alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from classifiers.artefact import Artefact
+from classifiers.encoder import DATA_DIRECTORY, ArtefactError, Encoder
+from classifiers.pairs import features, guard
+from classifiers.pairs.bound import Labelled, threshold_for
+from classifiers.pairs.lexicon import Lexicon
+
+# Stands for "there is no such number": trees are trained on it as on any value.
+MISSING = -9.0
+# Reasons that refuse whatever the verifier thinks. The others are weighed: "not" and "only" also turn up in
+# honest rewordings.
+REFUSING = frozenset(("number", "date", "order", "format", "rest"))
+# Candidates less alike than this are not looked at.
+MIN_COSINE = 0.55
+
+
+@dataclass(frozen=True, slots=True)
+class Trees:
+    """Trees laid out one after the other. Node i goes to `children[2 i]` if x[feature] <= threshold, else to the
+    next entry; a leaf leads to itself and carries `value`. `roots`: the first node of each tree."""
+
+    feature: NDArray[np.int32]
+    threshold: NDArray[np.float32]
+    children: NDArray[np.int32]
+    value: NDArray[np.float32]
+    roots: NDArray[np.int32]
+    depth: int
+    offset: float
+
+    def scores(self, table: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the log-odds of every row of `table`, shape (rows, features)."""
+        filled = np.nan_to_num(table, nan=MISSING)
+        result = np.empty(len(filled))
+        for row, x in enumerate(filled):
+            node = self.roots
+            for _ in range(self.depth):
+                right = x.take(self.feature.take(node)) > self.threshold.take(node)
+                node = self.children.take(2 * node + right)
+            result[row] = self.value.take(node).sum() + self.offset
+        return result
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return {
+            "feature": self.feature,
+            "threshold": self.threshold,
+            "children": self.children,
+            "value": self.value,
+            "roots": self.roots,
+        }
+
+    @classmethod
+    def from_sklearn(cls, fitted: Any) -> Trees:
+        """Take the trees out of a fitted binary HistGradientBoostingClassifier trained without NaN."""
+        feature: list[int] = []
+        threshold: list[float] = []
+        children: list[int] = []
+        value: list[float] = []
+        roots: list[int] = []
+        depth = 0
+        for (predictor,) in fitted._predictors:
+            nodes, first = predictor.nodes, len(feature)
+            roots.append(first)
+            depth = max(depth, int(nodes["depth"].max()))
+            for i, node in enumerate(nodes):
+                leaf = bool(node["is_leaf"])
+                feature.append(0 if leaf else int(node["feature_idx"]))
+                threshold.append(np.inf if leaf else float(node["num_threshold"]))
+                children += (
+                    [first + i] * 2 if leaf else [first + int(node["left"]), first + int(node["right"])]
+                )
+                value.append(float(node["value"]) if leaf else 0.0)
+        return cls(
+            feature=np.asarray(feature, dtype=np.int32),
+            threshold=np.asarray(threshold, dtype=np.float32),
+            children=np.asarray(children, dtype=np.int32),
+            value=np.asarray(value, dtype=np.float32),
+            roots=np.asarray(roots, dtype=np.int32),
+            depth=depth,
+            offset=float(np.ravel(fitted._baseline_prediction)[0]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What the verifier thinks of one candidate.
+
+    `probability`: that the stored answer is right, calibrated on families of prompts that were held out of the
+    training, half of them traps. `reasons`: what the guard found (see `guard.REASONS`). `refused`: one of them
+    refuses whatever the probability.
+    """
+
+    probability: float
+    reasons: tuple[str, ...]
+    refused: bool
+
+
+class Verifier:
+    """Judges candidates. Immutable but for a bounded memory of prompts read; safe to share between threads."""
+
+    def __init__(self, artefact: Artefact, pairs: features.PairFeatures, *, remembered: int = 4096) -> None:
+        metadata, arrays = artefact.metadata, artefact.arrays
+        if tuple(metadata["features"]) != features.names():
+            raise ArtefactError(
+                "verifier: trained on other features than this version computes; train it again"
+            )
+        self.id = artefact.id
+        self.encoder_id = artefact.encoder_id
+        self._pairs = pairs
+        self._trees = Trees(
+            feature=arrays["feature"],
+            threshold=arrays["threshold"],
+            children=arrays["children"],
+            value=arrays["value"],
+            roots=arrays["roots"],
+            depth=int(metadata["depth"]),
+            offset=float(metadata["offset"]),
+        )
+        self._slope, self._intercept = (float(v) for v in metadata["calibration"])
+        self._shipped = [
+            Labelled(score=float(s), right=bool(r))
+            for s, r in zip(arrays["held_out_probability"], arrays["held_out_same"], strict=True)
+        ]
+        self._thresholds: dict[float, float] = {}
+        self._remembered = remembered
+        self._read: OrderedDict[str, features.ReadPrompt] = OrderedDict()
+
+    @classmethod
+    def load(cls, static: Encoder, *, encoder_id: str, directory: Path | None = None) -> Verifier:
+        """Load the shipped verifier for the cache's encoder `encoder_id`; `static` gives the word vectors.
+
+        Raises ArtefactError when files are missing or damaged, or were made for other encoders.
+        """
+        directory = directory or DATA_DIRECTORY
+        artefact = Artefact.load(directory / "verifier.json", encoder_id=encoder_id)
+        if artefact.metadata["word_encoder"] != static.id:
+            raise ArtefactError("verifier.json was made with other word vectors: train it again")
+        return cls(artefact, features.PairFeatures(Lexicon.load(directory), static))
+
+    def read(self, prompt: str) -> features.ReadPrompt:
+        """Read a prompt, or take it from the memory of the last few thousand."""
+        found = self._read.get(prompt)
+        if found is None:
+            found = self._pairs.read(prompt)
+            self._read[prompt] = found
+            while len(self._read) > self._remembered:
+                self._read.popitem(last=False)
+        return found
+
+    def opinions(self, prompt: str, candidates: Sequence[tuple[str, float]]) -> list[Opinion]:
+        """Judge candidates, each a stored prompt and its cosine to `prompt` by the cache's encoder."""
+        mine = self.read(prompt)
+        others = [self.read(text) for text, _ in candidates]
+        reasons = [guard.reasons(mine.reading, other.reading) for other in others]
+        refused = [not REFUSING.isdisjoint(found) for found in reasons]
+        # A refused candidate needs no probability.
+        open_rows = [i for i, no in enumerate(refused) if not no]
+        probabilities = [0.0] * len(others)
+        if open_rows:
+            table = np.stack([self._pairs.compare(mine, others[i], candidates[i][1]) for i in open_rows])
+            for i, p in zip(open_rows, self.calibrated(self._trees.scores(table)), strict=True):
+                probabilities[i] = float(p)
+        return [Opinion(p, r, no) for p, r, no in zip(probabilities, reasons, refused, strict=True)]
+
+    def calibrated(self, scores: Iterable[float]) -> list[float]:
+        """Map log-odds to calibrated probabilities (Platt 1999)."""
+        return [
+            1.0 / (1.0 + math.exp(-min(max(self._slope * s + self._intercept, -40.0), 40.0))) for s in scores
+        ]
+
+    def threshold(self, max_error: float) -> float:
+        """Return the least probability at which a candidate is served in `enforce` mode.
+
+        Chosen on the held-out pairs that ship with Farthing so that wrong / served stays under `max_error` with
+        confidence 95 %; 1.01 (serve nothing) where they cannot show it. Other traffic has other traps: only
+        `certified` holds the bound for a scope's own.
+        """
+        if max_error not in self._thresholds:
+            chosen = threshold_for(self._shipped, max_error=max_error)
+            self._thresholds[max_error] = 1.01 if chosen is None else chosen.threshold
+        return self._thresholds[max_error]
