@@ -405,13 +405,17 @@ class _Ridge:
 
 
 def _tfidf(prompts: Sequence[PromptFeatures]) -> tuple[Any, Array]:
-    """Return the n-grams as a CSR matrix of unit rows, (1 + log count) * idf, and the idf (0: never seen)."""
+    """Return the n-grams as a CSR matrix of unit rows, (1 + log count) * idf, and the idf.
+
+    A bucket never seen keeps the largest idf: it has no weight, but takes its part of a new prompt's length, as
+    the rare words of a labelled prompt do. Without that a new prompt's known words would count for too much.
+    """
     from scipy import sparse
 
     lengths = [len(prompt.grams) for prompt in prompts]
     ids = np.concatenate([prompt.grams for prompt in prompts])
     seen = np.bincount(ids, minlength=features.BUCKETS)
-    idf = np.where(seen > 0, np.log((1 + len(prompts)) / (1 + seen)) + 1.0, 0.0).astype(np.float32)
+    idf = (np.log((1 + len(prompts)) / (1 + seen)) + 1.0).astype(np.float32)
     values = (1.0 + np.log(np.concatenate([prompt.counts for prompt in prompts]))) * idf[ids]
     starts = np.concatenate(([0], np.cumsum(lengths)))
     squares = np.concatenate(([0.0], np.cumsum(values.astype(np.float64) ** 2)))
@@ -446,6 +450,8 @@ def _fit(
     }
     dense = np.concatenate((_standardised(structure, a), centered * np.float32(VECTOR_SCALE)), axis=1)
     grams, idf = _tfidf(prompts)
+    seen = np.unique(grams.indices)
+    grams = grams[:, seen]
     ridge = _Ridge(grams, dense, residual, weight, PENALTY)
     unseen_ridge = np.zeros_like(residual)
     fold = rng.permutation(n) % FOLDS
@@ -468,12 +474,14 @@ def _fit(
     raw = raw_of(blend)
     calibration = np.array([_platt(raw[:, m], y[:, m], weight[:, m]) for m in range(len(models))])
     landmarks, nearness = _landmarks(vector, rng)
+    gram_weights = np.zeros((features.BUCKETS, len(models)), dtype=np.float32)
+    gram_weights[seen] = ridge.grams
     a |= forest | {
         "priors": prior,
         "base": base,
         "labels": (weight > 0).sum(axis=0),
         "idf": idf,
-        "gram_weights": ridge.grams,
+        "gram_weights": gram_weights,
         "dense_weights": ridge.dense,
         "center": center,
         "components": components,
