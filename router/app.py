@@ -22,6 +22,7 @@ from router.adapters.redis_store.budgets import RedisBudgetStore
 from router.adapters.redis_store.caches import RedisCacheStore
 from router.adapters.redis_store.connection import RedisConnection, connect
 from router.adapters.redis_store.secret_check import shares_secret
+from router.adapters.sql.artefacts import ArtefactWatch
 from router.adapters.sql.database import migrate, open_engine, schema_problem
 from router.adapters.sql.keys import SqlKeyDirectory
 from router.adapters.sql.labels import SqlFeedback
@@ -99,6 +100,11 @@ class Gateway:
         self._writer = LedgerWriter(self._engine, self._journal, settings.journals, self._clock)
         self._feedback = SqlFeedback(self._engine, settings.journals, self._clock)
         self._classifier = Classifier.load()
+        self._artefacts = ArtefactWatch(
+            self._engine,
+            self._classifier.static.id,
+            wanted=lambda: self.watch.current.learn is not None,
+        )
         self._missing.remove("encoder")
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="transformer")
         self._wires: dict[str, Upstream] = {
@@ -123,7 +129,7 @@ class Gateway:
             classify=Classify(self._classifier, self._executor),
             learn=Learn(self._classifier.static, self._clock),
             semantic=ShadowSemanticCache(self._classifier.static, settings.secret, self._telemetry),
-            decide=Decide(self._health, self._clock),
+            decide=Decide(self._health, self._clock, lambda: self._artefacts.current),
             reserve=reserve,
             cascade=Cascade(dispatch, reserve, self._clock),
             settle=settle,
@@ -169,6 +175,7 @@ class Gateway:
         await asyncio.to_thread(self._keys.refresh)
         await asyncio.to_thread(self._record_policy)
         self.watch.subscribe(self._record_later)
+        await asyncio.to_thread(self._artefacts.start)
         self._keys.start()
         if self._redis is not None:
             await self._join_redis(self._redis)
@@ -229,6 +236,7 @@ class Gateway:
             await self._redis.close()
         self._keys.stop()
         self._feedback.close()
+        await asyncio.to_thread(self._artefacts.stop)
         await asyncio.to_thread(self._writer.stop)
         self._journal.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -327,6 +335,8 @@ class Gateway:
                 for provider, model in self._health.open_breakers(self._clock.monotonic())
             ],
             "unusable_providers": dict(self._health.unusable),
+            "learned_artefact": learned.predictor.id if (learned := self._artefacts.current) else None,
+            "refused_artefact": self._artefacts.refused,
         }
 
     def _gauges(self) -> Iterable[tuple[str, dict[str, str], float]]:

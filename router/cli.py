@@ -22,8 +22,13 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. 0: done; 1: it found something wrong; 2: it could not run, and said why."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["evaluate"]:
+        from classifiers.evaluate import main as evaluate
+
+        return evaluate(given[1:])  # it has options of its own, and needs no settings
     parser = _parser()
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_args(given)
     command: Command | None = getattr(chosen, "run", None)
     if command is None:
         parser.print_help()
@@ -303,6 +308,37 @@ def _doctor(options: argparse.Namespace) -> int:
     return examine(lambda: read_settings(config=options.config))
 
 
+def _learn(options: argparse.Namespace) -> int:
+    from router import learn
+
+    settings = read_settings(config=options.config)
+    engine = _engine(settings)
+    if options.list:
+        print(learn.listing(engine, options.json))
+        return 0
+    if options.activate or options.rollback:
+        print(learn.choose(engine, options.activate or options.rollback, rollback=bool(options.rollback)))
+        return 0
+    from router.adapters.configuration import load
+    from router.adapters.price_catalogue import shipped_catalogue
+
+    snapshot = load(settings.config, shipped_catalogue())
+    status, text = learn.run(
+        engine,
+        snapshot,
+        dry_run=options.dry_run,
+        json_form=options.json,
+        seed=options.seed,
+        trusted=frozenset(options.trust or ()),
+    )
+    print(text)
+    return status
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    raise AssertionError("main hands it on")
+
+
 # -- shared --
 
 
@@ -437,6 +473,22 @@ def _parser() -> argparse.ArgumentParser:
 
     ledger = group("ledger", "The ledger")
     add(ledger, "verify", _ledger_verify, "Recompute every figure from stored rows")
+
+    learn = add(commands, "learn", _learn, "Learn from your own labels which model answers what well")
+    config(learn)
+    learn.add_argument("--dry-run", action="store_true", help="print the model card, store nothing")
+    learn.add_argument("--list", action="store_true", help="every version with its figures")
+    learn.add_argument("--activate", metavar="ID", help="make a stored version the one in force")
+    learn.add_argument("--rollback", metavar="ID", help="back to an earlier version, or to the `priors`")
+    learn.add_argument("--trust", action="append", metavar="KEY_ID", help="believe a key that was left out")
+    learn.add_argument("--seed", type=int, default=0, help="draws the held-out rows (default 0)")
+    learn.add_argument("--json", action="store_true")
+    add(
+        commands,
+        "evaluate",
+        _evaluate,
+        "Measure routing quality on recorded answers: --data DIR [--json] [--predictions FILE] [--plot FILE]",
+    )
 
     prices = add(commands, "prices", _prices, "The price catalogue")
     prices.add_argument("action", choices=("list", "import"))
