@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from decimal import Decimal
+from types import MappingProxyType
 from typing import cast
 
 from classifiers.classifier import Verdict
-from router.core.decide import DEFAULT_OUTPUT_TOKENS, NoPlan, Plan, Question, decide
+from router.core.decide import DEFAULT_OUTPUT_TOKENS, NoPlan, Plan, Question, decide, success_of
 from router.core.errors import ContextExceeded, InvalidRequest, NotAllowed, NothingMeets, RequestError
+from router.core.floor import QualityFloor
 from router.core.health import Health
+from router.core.learning import Estimate, Floor, Learned
 from router.core.policy import EffectivePolicy
 from router.core.ports import Clock
 from router.core.pricing import price_usage, total
 from router.core.types import PROMPT_CLASSES, NanoUSD, PromptClass
 from router.stages.exchange import Exchange, serving
 
+_NO_ESTIMATES: Mapping[str, Estimate] = MappingProxyType({})
+
+
+def _nothing_learned() -> None:
+    return None
+
 
 class Decide:
-    def __init__(self, health: Health, clock: Clock) -> None:
+    """`learned` gives the artefact in force, None while there is none."""
+
+    def __init__(
+        self, health: Health, clock: Clock, learned: Callable[[], Learned | None] = _nothing_learned
+    ) -> None:
         self._health = health
         self._clock = clock
+        self._learned = learned
+        self._floor: tuple[Learned | None, QualityFloor] = (None, QualityFloor(None))
 
     def choose(self, exchange: Exchange, draw: float) -> None:
         """Sets the plan on the exchange. Raises the refusal where nothing may serve the request."""
@@ -48,8 +65,55 @@ class Decide:
         }
         question = exchange.question = _question(exchange, verdict)
         return decide(
-            question, policy, snapshot.models, exchange.prices, live, draw=draw, downgrade=downgrade
+            question,
+            policy,
+            snapshot.models,
+            exchange.prices,
+            live,
+            draw=draw,
+            downgrade=downgrade,
+            success=self.estimates(exchange) or None,
+            floor=self._quality_floor(exchange, policy, question),
         )
+
+    @property
+    def floor(self) -> QualityFloor:
+        """The quality floors of the artefact in force."""
+        learned = self._learned()
+        if self._floor[0] is not learned:
+            self._floor = (learned, QualityFloor(None if learned is None else learned.calibration))
+        return self._floor[1]
+
+    def estimates(self, exchange: Exchange) -> Mapping[str, Estimate]:
+        """The learned estimates for the question in hand, of every allowed model; empty where the priors decide."""
+        learned, question = self._learned(), exchange.question
+        if learned is None or question is None or question.prompt_class is None or exchange.features is None:
+            return _NO_ESTIMATES
+        if exchange.features_encoder != learned.predictor.encoder_id:
+            return _NO_ESTIMATES
+        prompt_class = question.prompt_class
+        # A verdict is asked about more than once: its neighbours, a downgrade, what substituting would have saved.
+        key = (learned.predictor.id, prompt_class, question.difficulty)
+        known = exchange.estimates.get(key)
+        if known is None:
+            models = exchange.snapshot.models
+            priors = {
+                name: float(prior)
+                for name in exchange.policy.allow
+                if (prior := success_of(models[name].quality, prompt_class, question.difficulty)) is not None
+            }
+            known = exchange.estimates[key] = learned.predictor.predict(
+                exchange.features, prompt_class, priors
+            )
+        return known
+
+    def _quality_floor(self, exchange: Exchange, policy: EffectivePolicy, question: Question) -> Floor | None:
+        requirement = policy.classes.get(question.prompt_class or "")
+        if requirement is None or requirement.confidence is None:
+            return None
+        minimum = max(requirement.min_quality, question.min_quality or Decimal(0))
+        assert question.prompt_class is not None
+        return self.floor.of(exchange.snapshot, policy, question.prompt_class, minimum, exchange.opened_at)
 
     def could_change(self, exchange: Exchange, verdict: Verdict) -> bool:
         """Whether a neighbouring class would have led to another model."""
