@@ -20,6 +20,7 @@ from router.core.compile import CompiledSnapshot
 from router.core.decide import NoPlan, Plan, Question, success_of
 from router.core.errors import ConfigurationError, InvalidRequest, RequestError
 from router.core.health import Health
+from router.core.learning import Estimate, Learned
 from router.core.policy import EffectivePolicy
 from router.core.pricing import estimate_cost
 from router.core.types import PROMPT_CLASSES, Caller, PriceRecord
@@ -27,6 +28,7 @@ from router.settings import Settings
 from router.stages.admit import read_wishes
 from router.stages.decide import Decide
 from router.stages.exchange import Exchange
+from router.stages.learn import Learn
 from router.stages.normalise import named_model, normalise_chat
 from router.stages.reserve import worst_case_of
 
@@ -72,8 +74,11 @@ def explain_prompt(
         classifier = Classifier.load()
     except ArtefactError as error:
         raise ConfigurationError(str(error)) from None
-    found = explained(snapshot, classifier, text, team=team, app=app, model=model, tags=tags, at=at)
-    found["notes"] = [NO_LIVE_DATA, *_missing_keys(snapshot, settings.environment)]
+    learned, unread = _learned(settings, snapshot, classifier)
+    found = explained(
+        snapshot, classifier, text, team=team, app=app, model=model, tags=tags, at=at, learned=learned
+    )
+    found["notes"] = [NO_LIVE_DATA, *unread, *_missing_keys(snapshot, settings.environment)]
     return as_json(found, indent=2).decode() if json_form else "\n".join(_prompt_lines(found))
 
 
@@ -87,8 +92,11 @@ def explained(
     model: str,
     tags: Mapping[str, tuple[str, ...]],
     at: datetime,
+    learned: Learned | None = None,
 ) -> dict[str, Any]:
-    """The same as nested mappings; money is `Usd`. It goes the way of a request, through the same stages."""
+    """The same as nested mappings; money is `Usd`. It goes the way of a request, through the same stages.
+    `learned`: the artefact in force.
+    """
     body = {"model": model, "messages": [{"role": "user", "content": text}]}
     request = normalise_chat(json.dumps(body).encode())
     caller = Caller("explain", team, app, {key: frozenset(values) for key, values in tags.items()})
@@ -112,7 +120,8 @@ def explained(
         baseline_price=baseline_price,
     )
     exchange.prices = {name: snapshot.price(name, at) for name in policy.allow}
-    decide = Decide(Health(), SystemClock())
+    decide = Decide(Health(), SystemClock(), lambda: learned)
+    Learn(classifier.static, SystemClock()).note_prompt(exchange)
     verdict = classifier.classify(request.prompt)
     unused = _unused(policy, reference)
     if unused is None:
@@ -136,7 +145,9 @@ def explained(
         },
         "classification": _classification(verdict, unused),
         "decision": _decision(decide, exchange, plan),
-        "models": _models(exchange, plan, verdict),
+        "models": _models(exchange, plan, verdict, decide.estimates(exchange)),
+        "learned": None if learned is None or snapshot.learn is None else learned.predictor.id,
+        "floors": _floors(decide, exchange, policy),
         "reference": reference,
         "baseline": {"model": baseline_name, "price": _price(baseline_price)},
         "policy": _policy(layers, snapshot, policy),
@@ -208,7 +219,45 @@ def _decision(decide: Decide, exchange: Exchange, plan: Plan | NoPlan) -> dict[s
     return found
 
 
-def _models(exchange: Exchange, plan: Plan | NoPlan, verdict: Verdict) -> list[dict[str, Any]]:
+def _learned(
+    settings: Settings, snapshot: CompiledSnapshot, classifier: Classifier
+) -> tuple[Learned | None, list[str]]:
+    """The artefact in force, and what kept it from being read."""
+    if snapshot.learn is None:
+        return None, []
+    from router.adapters.sql.artefacts import ArtefactWatch
+    from router.adapters.sql.database import open_engine
+
+    engine = open_engine(settings.database_url)
+    try:
+        watch = ArtefactWatch(engine, classifier.static.id)
+        watch.look()
+    finally:
+        engine.dispose()
+    return watch.current, [] if watch.refused is None else [f"nothing learned is in use: {watch.refused}"]
+
+
+def _floors(decide: Decide, exchange: Exchange, policy: EffectivePolicy) -> dict[str, dict[str, Any]]:
+    """The quality floor of each class that asks for confidence."""
+    found: dict[str, dict[str, Any]] = {}
+    for cls in PROMPT_CLASSES:
+        minimum = max(policy.classes[cls].min_quality, exchange.wishes.min_quality or Decimal(0))
+        floor = decide.floor.of(exchange.snapshot, policy, cls, minimum, exchange.opened_at)
+        if floor is not None:
+            found[cls] = {
+                "reference": floor.reference,
+                "confidence": floor.confidence,
+                "model": floor.model,
+                "threshold": None if floor.model is None else floor.threshold,
+                "excess_failures_at_most": round(max(floor.bound, 0.0), 4),
+                "labels_missing": dict(floor.missing),
+            }
+    return found
+
+
+def _models(
+    exchange: Exchange, plan: Plan | NoPlan, verdict: Verdict, estimates: Mapping[str, Estimate]
+) -> list[dict[str, Any]]:
     order = plan.models if isinstance(plan, Plan) else ()
     compared = {candidate.model: candidate for candidate in plan.candidates} if isinstance(plan, Plan) else {}
     question, snapshot = exchange.question, exchange.snapshot
@@ -217,7 +266,10 @@ def _models(exchange: Exchange, plan: Plan | NoPlan, verdict: Verdict) -> list[d
     for name, model in snapshot.models.items():
         price = snapshot.price(name, exchange.opened_at)
         candidate = compared.get(name)
+        estimate = estimates.get(name)
         success = success_of(model.quality, verdict.prompt_class, verdict.difficulty)
+        if estimate is not None:
+            success = Decimal(repr(round(estimate.success, 4)))
         routed = (
             candidate.expected_cost
             if candidate is not None
@@ -235,6 +287,7 @@ def _models(exchange: Exchange, plan: Plan | NoPlan, verdict: Verdict) -> list[d
                 if isinstance(plan, Plan) and role == "chosen"
                 else plan.dropped.get(name, "named as fallback"),
                 "success": None if success is None else success.quantize(Decimal("0.0001")),
+                "learned": _estimate(estimate),
                 "expected_cost_usd": None if price is None or routed is None else Usd(routed),
                 "billed_cost_usd": None if billed is None else Usd(billed),
                 "price": _price(price),
@@ -242,6 +295,47 @@ def _models(exchange: Exchange, plan: Plan | NoPlan, verdict: Verdict) -> list[d
         )
     place = {name: at for at, name in enumerate(order)}
     return sorted(rows, key=lambda row: place.get(row["model"], len(place)))
+
+
+def _estimate(estimate: Estimate | None) -> dict[str, Any] | None:
+    """None where nothing was learned. `source`: learned, prior (no labels yet) or unfamiliar (the prior again)."""
+    if estimate is None:
+        return None
+    source = "unfamiliar" if estimate.unfamiliar else "prior" if estimate.fallback else "learned"
+    return {
+        "source": source,
+        "lower": round(estimate.lower, 4),
+        "upper": round(estimate.upper, 4),
+        "labels": round(estimate.evidence, 1),
+    }
+
+
+def _success_text(row: Mapping[str, Any]) -> str:
+    known = row["learned"]
+    if known is None:
+        return _or_dash(row["success"])
+    if known["source"] != "learned":
+        return f"{row['success']:.2f} prior"
+    return f"{row['success']:.2f} ({known['lower']:.2f}-{known['upper']:.2f}, {known['labels']:.0f} labels)"
+
+
+def _floor_lines(floors: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+    for cls, floor in floors.items():
+        sure = f"{(floor['confidence'] * 100).normalize():f} % confidence"
+        if floor["model"] is None:
+            yield f"Floor      {cls}: {floor['reference']} answers; nothing cheaper is shown with {sure}"
+        else:
+            yield (
+                f"Floor      {cls}: {floor['model']} from a learned success of {floor['threshold']:.2f} on, else "
+                f"{floor['reference']}"
+            )
+            yield (
+                f"           with {sure} at most {floor['excess_failures_at_most']:.1%} of requests fail that "
+                f"{floor['reference']} would have answered well"
+            )
+        lacking = ", ".join(f"{name} {count}" for name, count in floor["labels_missing"].items())
+        if lacking:
+            yield f"           labels missing: {lacking}"
 
 
 def _cost(question: Question, max_output: int, price: PriceRecord | None, marginal: bool) -> int | None:
@@ -383,7 +477,7 @@ def _prompt_lines(found: Mapping[str, Any]) -> Iterable[str]:
             (
                 row["model"],
                 row["verdict"],
-                _or_dash(row["success"]),
+                _success_text(row),
                 _or_dash(row["expected_cost_usd"]),
                 _or_dash(row["billed_cost_usd"]),
                 _price_text(row["price"]),
@@ -393,6 +487,9 @@ def _prompt_lines(found: Mapping[str, Any]) -> Iterable[str]:
         ],
     )
     yield ""
+    if found["learned"]:
+        yield f"Learned    {found['learned']}"
+    yield from _floor_lines(found["floors"])
     baseline = found["baseline"]
     yield f"Reference  {found['reference'] or 'none: the gateway chooses'}"
     counted = baseline["model"]

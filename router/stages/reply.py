@@ -86,6 +86,7 @@ def _why(exchange: Exchange, model: str) -> str:
         words.append(f"after {plan.models[0]} failed")
     if verdict is not None:
         words.append(f"{verdict.prompt_class}: {verdict.reason}")
+    words.extend(plan.notes)
     words.extend(f"not {name}: {reason}" for name, reason in plan.dropped.items())
     return "; ".join(words).encode("ascii", "replace").decode("ascii")
 
