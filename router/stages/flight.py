@@ -94,8 +94,10 @@ class Flight:
         def end() -> None:
             if not self._finished:
                 self._finished = True
-                done(self.leader, self)
-                self._wake()
+                try:
+                    done(self.leader, self)
+                finally:
+                    self._wake()  # whatever went wrong, nobody waits for ever
 
         async def fly() -> None:
             try:

@@ -111,6 +111,23 @@ async def test_a_call_cancelled_before_its_first_step_still_lands_once() -> None
     assert landed == [flight]
 
 
+async def test_a_fault_while_it_is_booked_leaves_nobody_waiting() -> None:
+    async def run(_: Exchange, flight: Flight) -> None:
+        flight.begin(HEAD)
+        flight.append(b"all of it")
+        await asyncio.sleep(0.01)  # the reader has it and waits for more
+
+    def broken(_: Exchange, flown: Flight) -> None:
+        raise RuntimeError("a defect")
+
+    flight = Flight("key", leader())
+    flight.start(run, broken)
+    assert await asyncio.wait_for(read(flight.subscribe()), 1) == b"all of it"
+    assert flight._task is not None
+    with pytest.raises(RuntimeError):
+        await flight._task
+
+
 async def test_a_failure_before_the_head_reaches_every_reader() -> None:
     async def run(_: Exchange, flight: Flight) -> None:
         await asyncio.sleep(0.01)
