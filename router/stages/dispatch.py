@@ -143,6 +143,8 @@ class Dispatch:
         if not self._retries.take():
             return False
         amount = worst_case_of(exchange, name)
+        if amount is None and any(limit.hard_cap is not None for limit in exchange.policy.budgets):
+            return False  # a cost nobody knows cannot be held
         if not await self._reserve.top_up(exchange, amount or NanoUSD(0)):
             return False
         if wait:

@@ -61,7 +61,7 @@ class Reserve:
         if isinstance(held, Denied) and any(limit.at_limit == "downgrade" for limit in policy.budgets):
             cheaper = downgraded()
             if isinstance(cheaper, Plan):
-                held = await self._try(exchange, cheaper, _charges(policy.budgets, policy.period, soft=False))
+                held = await self._try(exchange, cheaper, _downgraded_charges(policy.budgets, policy.period))
         if isinstance(held, Denied):
             raise _refusal(held)
         return held
@@ -70,7 +70,9 @@ class Reserve:
         denied: Denied | None = None
         capped = any(charge.cap is not None for charge in charges)
         dropped = dict(plan.dropped)
-        for index, name in enumerate(plan.models):
+        # A model asked for by name is not traded for its fallback because money is short.
+        named = plan.reason == "named" and plan.models[0] == exchange.reference
+        for index, name in enumerate(plan.models[:1] if named else plan.models):
             amount = worst_case_of(exchange, name)
             if amount is None:
                 if capped:
@@ -131,6 +133,16 @@ def output_held(request: ChatRequest, model: ModelSpec, policy: EffectivePolicy)
 def _charges(limits: Sequence[BudgetLimit], period: str, *, soft: bool) -> tuple[BudgetCharge, ...]:
     return tuple(
         BudgetCharge(BudgetWindow(limit.key, period), _cap(limit) if soft else limit.hard_cap)
+        for limit in limits
+    )
+
+
+def _downgraded_charges(limits: Sequence[BudgetLimit], period: str) -> tuple[BudgetCharge, ...]:
+    """Only budgets that downgrade at their limit go on to their hard cap; the others keep refusing at theirs."""
+    return tuple(
+        BudgetCharge(
+            BudgetWindow(limit.key, period), limit.hard_cap if limit.at_limit == "downgrade" else _cap(limit)
+        )
         for limit in limits
     )
 
