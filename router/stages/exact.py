@@ -93,7 +93,11 @@ class ExactCache:
             stored = _decoder.decode(raw)
         except msgspec.MsgspecError:
             return None  # written by another version; it is replaced by the next answer
-        if wishes.max_age is not None and exchange.opened_at.timestamp() - stored.stored_at > wishes.max_age:
+        # The entry's own time to live is that of the policy which stored it: another app's, or yesterday's.
+        oldest = exchange.policy.cache.ttl
+        if wishes.max_age is not None:
+            oldest = min(oldest, wishes.max_age)
+        if exchange.opened_at.timestamp() - stored.stored_at > oldest:
             return None
         return stored
 
