@@ -23,7 +23,7 @@ class Verdict:
     """What is thought of one prompt.
 
     `prompt_class`: simple, medium or complex; follows from `difficulty` (0..1, borders 1/3 and 2/3).
-    `confidence`: 0..1, the calibrated probability of this class (see `Judgement`), halved for a prompt unlike
+    `confidence`: 0..1, the calibrated probability of this class (see `Judgement`), lowered for a prompt unlike
     those the head was trained on. `output_tokens`: expected length of the answer. `reason`: at most 80 ASCII
     characters, names the nearest kind of task and what stands out, never words of the prompt. `encoder`: static
     or minilm. `artefact`: id of the head.
@@ -41,8 +41,8 @@ class Verdict:
 class Classifier:
     """Both encoders with their heads. Safe to use from several threads.
 
-    The work for one prompt is bounded: the encoders read at most its first and last 300 characters, the counters
-    its first 3,000 and last 1,500, and its length is known without reading.
+    The work for one prompt is bounded: the encoders read at most 600 of its characters, the counters its
+    first 3,000 and last 1,500, and its length is known without reading.
     """
 
     def __init__(
@@ -118,15 +118,16 @@ def _load_head(directory: Path, name: str, encoder: Encoder, head_ids: dict[str,
 
 
 def _verdict(text: str, encoder: Encoder, head: Head, name: str) -> Verdict:
-    structure = features.structure(text)
-    vector = encoder.encode((features.focus(text),))[0]
-    judgement = head.judge(vector, structure)
+    task = features.focus(text)
+    described = features.describe(text, task)
+    vector = encoder.encode((task,))[0]
+    judgement = head.judge(vector, described)
     return Verdict(
         prompt_class=judgement.prompt_class,
         difficulty=judgement.difficulty,
         confidence=judgement.confidence,
         output_tokens=judgement.output_tokens,
-        reason=_reason(len(text), structure, judgement),
+        reason=_reason(len(text), described, judgement),
         encoder=name,
         artefact=head.id,
     )
@@ -135,18 +136,18 @@ def _verdict(text: str, encoder: Encoder, head: Head, name: str) -> Verdict:
 _INDEX = {name: index for index, name in enumerate(features.NAMES)}
 
 
-def _reason(characters: int, structure: np.ndarray[Any, np.dtype[np.float32]], judgement: Judgement) -> str:
+def _reason(characters: int, described: np.ndarray[Any, np.dtype[np.float32]], judgement: Judgement) -> str:
     """Say in words what the judgement rests on: the nearest kind of task, the size and what stands out."""
 
     def count(name: str) -> int:
-        return round(float(np.expm1(structure[_INDEX[name]])))
+        return round(float(np.expm1(described[_INDEX[name]])))
 
     size = "short" if characters < 80 else "long" if characters > 1500 else ""
     kind = judgement.kind if judgement.familiar else "unfamiliar prompt"
     parts = [f"{size} {kind}".strip()]
-    if structure[_INDEX["non_latin_share"]] > 0.3:
+    if described[_INDEX["non_latin_share"]] > 0.3:
         parts.append("non-Latin script")
-    if structure[_INDEX["code_fence"]] or count("code_signs") >= 3:
+    if described[_INDEX["code_fence"]] or count("code_signs") >= 3:
         parts.append("contains code")
     if count("reasoning_words") >= 2:
         parts.append("asks for reasoning")

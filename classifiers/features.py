@@ -11,10 +11,17 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
+from classifiers import demand_words
+
 # Characters read from the beginning and the end for counting ...
 HEAD_CHARACTERS, TAIL_CHARACTERS = 3000, 1500
-# ... and for the encoders: the task stands at an edge; a pasted document between would drown it in the mean.
-FOCUS_HEAD, FOCUS_TAIL, FOCUS_GLIMPSE = 300, 300, 100
+# ... and for the encoders: at most FOCUS characters, of the sentences that ask or instruct. A pasted document would
+# drown them in the mean.
+FOCUS, SENTENCE = 600, 400
+# Read for finding them: the edges of a long text, and at most this many sentences of each.
+EDGE_CHARACTERS, EDGE_SENTENCES = 1200, 25
+# A text up to this length is taken whole.
+SHORT = 240
 
 NAMES = (
     "log_characters",
@@ -37,7 +44,8 @@ NAMES = (
     "non_latin_share",
 )
 
-# Every repetition is bounded: the patterns run on text that a caller chose.
+# Every repetition is bounded: the patterns run on text that a caller chose. Patterns of words run on lower case,
+# which is quicker than ignoring case.
 _WORD = re.compile(r"\w+")
 _CODE = re.compile(
     r"[{};][ \t]{0,8}$"
@@ -47,14 +55,14 @@ _CODE = re.compile(
 )
 _MATHS = re.compile(r"[=^<>+*/\u2200-\u22ff\u0391-\u03c9]|\\[a-z]+|\b\w\(\w\)")
 _LIST = re.compile(r"^[ \t]{0,40}(?:[-*\u2022]|\d{1,2}[.)])[ \t]{1,8}\S|\b\d\)\s", re.MULTILINE)
-_INSTRUCTION = re.compile(
-    r"\b(?:write|explain|list|compare|describe|give|find|show|prove|derive|design|implement|create|make|draft|plan|"
+_INSTRUCTIONS = (
+    r"write|explain|list|compare|describe|give|find|show|prove|derive|design|implement|create|make|draft|plan|"
     r"summari[sz]e|translate|rewrite|convert|extract|classify|compute|calculate|evaluate|analy[sz]e|discuss|assess|"
     r"propose|recommend|justify|estimate|identify|build|solve|fix|review|argue|determine|decide|keep|state|return|"
     r"include|mention|add|use|suggest|outline|develop|reconstruct|quantify|schreibe|erkl\u00e4re|beweise|vergleiche|"
-    r"\u00e9cris|explique|explica|escribe|demuestra)\b",
-    re.IGNORECASE,
+    r"\u00e9cris|explique|explica|escribe|demuestra"
 )
+_INSTRUCTION = re.compile(rf"\b(?:{_INSTRUCTIONS})\b")
 _REASONING = re.compile(
     r"\b(?:prov(?:e|es|ing)|proof|deriv(?:e|ation)|rigorous\w*|trade-?offs?|architect\w*|distributed|concurren\w*|"
     r"consisten\w*|lock-free|deadlocks?|race|invariants?|root cause|assumptions?|counter-?(?:example|argument)s?|"
@@ -62,18 +70,149 @@ _REASONING = re.compile(
     r"optimi[sz]ation|causal\w*|identification|mechanism|robust\w*|why|justify\w*|argue|analy[sz]e|assess|strateg\w*|"
     r"negotiat\w*|liabilit\w*|complexity|converge\w*|failure modes?|reconcile|interact\w*|migrat\w*|"
     r"beweis\w*|d\u00e9montr\w*|demuestr\w*)\b",
-    re.IGNORECASE,
 )
 _CONSTRAINT = re.compile(
     r"\b(?:must|at most|at least|exactly|without|only|each|every|under|within|no more than|avoid|ensure|between|"
     r"with|using|do not|don't|mindestens|h\u00f6chstens|sin|sans|ohne)\b",
-    re.IGNORECASE,
 )
 _LOOKUP = re.compile(
     r"(?:what(?:'s| is| does| are| year)|who|when|where|how (?:many|much|tall|old|long|far|do i|do you say)|which|is|"
     r"are|does|do|can|name|spell|convert|translate|hi|hello|thanks)\b",
-    re.IGNORECASE,
 )
+
+
+_QUOTATION = re.compile(
+    r'"""[^"]{0,2000}"""|["\u201c\u201d\u201e\u00ab\u00bb][^"\u201c\u201d\u201e\u00ab\u00bb\n]{25,1500}["\u201c\u201d\u00ab\u00bb]'
+)
+_SENTENCE_END = re.compile(r"(?<=[.!?\u3002\uff1f])\s+|\n+")
+TASK_LIKENESS = 1.7
+_IMPERATIVE = re.compile(
+    r"(?:(?:please|now|then|finally|first|and|also|question:|task:|q:)[ ,]{1,3})?(?:" + _INSTRUCTIONS + r"|"
+    r"answer|tell|name|put|count|copy|repeat|remove|sort|choose|pick|say|turn|check|call|help|read|take|get|work|walk|"
+    r"think|trace|set|diagnose|reconcile|weigh|advise|run|begin|replace|return|make|go)\b",
+)
+_REQUEST = re.compile(
+    r"\b(?:please|could you|can you|would you|tell me|tell us|give me|help me|help us|i need|i'd like|we'd like|"
+    r"i want|my question|how (?:should|would|do|can|many|much|long)|what|which|should|why)\b|"
+    r"^(?:user|customer|guest|question|task|q|patient|client) ?:",
+)
+
+# How the task begins. The first that fits counts.
+_OPENINGS = {
+    "opens_how_say": r"how (?:do|does|would) (?:you|i|one|we) (?:say|spell|write|pronounce)\b",
+    "opens_how_many": r"(?:how (?:many|much|tall|old|long|far|big|high|fast|deep|hot|late)|"
+    r"wie (?:viele?|sp\u00e4t|alt|lang)|combien|cu\u00e1nt|hoeveel|quant)",
+    "opens_what_is": r"(?:what(?:'s| is| are| does| do)|whats|define|meaning|was ist|qu'est|"
+    r"qu\u00e9 es|cos'\u00e8)\b",
+    "opens_why": r"(?:why|what (?:made|makes|caused|causes|happens|led)|warum|wieso|"
+    r"pourquoi|por qu\u00e9|perch\u00e9|por que)\b",
+    "opens_how": r"(?:how|wie|comment|c\u00f3mo|come|como)\b",
+    "opens_yes_no": r"(?:is|are|was|were|do|does|did|can|has|have|will|true or false|yes or no)\b",
+    "opens_should": r"(?:should|would|could i|ought)\b",
+    "opens_who": r"(?:who|when|where|whose|which|what|wer|wann|wo|welche|qui|quand|o\u00f9|quel|"
+    r"qui\u00e9n|cu\u00e1ndo|d\u00f3nde|chi|qual|quando|onde|welke)\b",
+}
+_OPENING = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _OPENINGS.items()))
+_GREETING = re.compile(
+    r"[\s'\"\u00bf\u00ab(-]{0,5}(?:(?:hi|hello|hey|please|ok|so|and|question|user|customer|guest|q)[,:!. ]{1,3}){0,2}"
+)
+_TOKEN = re.compile(r"[^\W_]+(?:['\-;][^\W_]+)*")
+_SMALL_ANSWER = re.compile(
+    r"\b(?:a |one |1 |two |2 |three |single |the )(?:single |short |plain )?"
+    r"(?:word|words|sentence|sentences|line|lines|letter)\b|"
+    r"\bone[- ]line|\byes or no\b|\btrue or false\b|\btl;?dr\b|\bjust (?:the|tell|yes|give)\b|\bnothing else\b|"
+    r"\bonly (?:the|one|question)\b|\bheadline\b|\bin a few words\b",
+)
+_SIZE = re.compile(r"\b(\d{2,4})[ -]?(?:words?|lines|characters|minutes|pages?)\b")
+_FURTHER_REQUEST = re.compile(
+    r"(?:,|;|\band\b|\bthen\b)\s{1,3}(?:also |then |please )?(?:explain|say|state|show|tell|give|write|list|"
+    r"compare|justify|argue|name|note|flag|mark|keep|design|prove|discuss|recommend|what|which|how|why|whether|who|where|"
+    r"find|add|include|reconcile|defend|assess|propose|advise|suggest|predict|draft|identify|quantify|rank|bound|decide)\b",
+)
+_WHY = re.compile(r"\b(?:why|reasons?|reasoning|because)\b")
+_HOW = re.compile(r"\bhow (?:does|do|did|is|are|can|could|would|should|to|one)\b")
+_NUMBER = re.compile(r"\d+")
+
+_GROUPS = tuple(demand_words.GROUPS)
+_GROUPS_OF: dict[str, tuple[int, ...]] = {
+    word: tuple(at for at, group in enumerate(_GROUPS) if word in demand_words.GROUPS[group])
+    for word in frozenset().union(*demand_words.GROUPS.values())
+}
+# Words at the beginning whose groups count once more.
+FIRST_WORDS = 6
+
+DEMAND_NAMES = (
+    *(f"words_{group}" for group in _GROUPS),
+    *(f"first_{group}" for group in _GROUPS),
+    *_OPENINGS,
+    "opens_otherwise",
+    *demand_words.PARTS,
+    "small_answer",
+    "answer_size",
+    "further_requests",
+    "asks_why",
+    "asks_how",
+    "task_words",
+    "task_characters",
+    "task_punctuation",
+    "task_questions",
+    "task_share",
+    "task_numbers",
+    "task_word_length",
+    "task_long_words",
+    "task_up_to_12_words",
+    "task_up_to_25_words",
+)
+ALL_NAMES = (*NAMES, *DEMAND_NAMES)
+
+
+def demand(text: str, task: str) -> NDArray[np.float32]:
+    """Return the features of `DEMAND_NAMES` of a text and its `focus` as float32: what the task asks for.
+
+    Counts come as log(1 + n), flags as 0 or 1, shares in 0..1.
+    """
+    task = task.lower().replace("\u2019", "'")
+    words = _TOKEN.findall(task)
+    size = len(words)
+    counts, first = [0] * len(_GROUPS), [0.0] * len(_GROUPS)
+    for at, word in enumerate(words):
+        for group in _GROUPS_OF.get(word, ()):
+            counts[group] += 1
+            if at < FIRST_WORDS:
+                first[group] = 1.0
+    greeting = _GREETING.match(task)
+    opening = _OPENING.match(task, greeting.end() if greeting else 0)
+    begins = opening.lastgroup if opening else "opens_otherwise"
+    asked_size = _SIZE.search(task)
+    log = math.log1p
+    return np.array(
+        (
+            *(log(count) for count in counts),
+            *first,
+            *(1.0 if name == begins else 0.0 for name in _OPENINGS),
+            1.0 if begins == "opens_otherwise" else 0.0,
+            *(
+                log(len(parts.findall(task))) if not task.isascii() else 0.0
+                for parts in demand_words.PARTS.values()
+            ),
+            1.0 if _SMALL_ANSWER.search(task) else 0.0,
+            log(float(asked_size[1])) / 4 if asked_size else 0.0,
+            log(len(_FURTHER_REQUEST.findall(task))),
+            log(len(_WHY.findall(task))),
+            log(len(_HOW.findall(task))),
+            log(size),
+            log(len(task)),
+            log(task.count(",") + task.count(";") + task.count(":")),
+            log(task.count("?")),
+            min(len(task) / max(len(text), 1), 1.0),
+            log(len(_NUMBER.findall(task))),
+            min(sum(map(len, words)) / max(size, 1), 20.0),
+            log(sum(len(word) > 9 for word in words)),
+            min(size, 12) / 12,
+            min(size, 25) / 25,
+        ),
+        dtype=np.float32,
+    )
 
 
 def excerpt(text: str) -> str:
@@ -84,34 +223,54 @@ def excerpt(text: str) -> str:
 
 
 def focus(text: str) -> str:
-    """Return the part of the text that is encoded: at most 601 characters.
+    """Return the task of a text: the part that is encoded, at most 600 characters.
 
-    A short text is returned as it is. Of a long one: the last line if it asks or instructs and is short, else
-    the first line under the same condition, together with a glimpse of the other end; where neither line does,
-    both ends.
+    A short text is returned as it is but for long quotations. Of a longer one, the sentences and lines that ask or
+    instruct, the likeliest first, in their order in the text; where there are none, the first and the last.
     """
-    if len(text) > 4 * FOCUS_HEAD:
-        text = text[: 2 * FOCUS_HEAD].lstrip() + "\n" * ("\n" in text) + text[-2 * FOCUS_TAIL :].rstrip()
-    else:
-        text = text.strip()
-    if len(text) <= FOCUS_HEAD + FOCUS_TAIL:
+    text = text.strip()
+    if len(text) > 2 * EDGE_CHARACTERS:
+        text = f"{text[:EDGE_CHARACTERS]}\n{text[-EDGE_CHARACTERS:]}"
+    if len(text) > SHORT or '"' in text:
+        text = _QUOTATION.sub(' "..." ', text).strip()
+    if len(text) <= SHORT:
         return text
-    first, last = text.partition("\n")[0], text.rpartition("\n")[2]
-    if len(last) <= FOCUS_TAIL and _asks(last):
-        return f"{text[:FOCUS_GLIMPSE]}\n{last}"
-    if len(first) <= FOCUS_HEAD and _asks(first):
-        return f"{first}\n{text[-FOCUS_GLIMPSE:]}"
-    return f"{text[:FOCUS_HEAD]}\n{text[-FOCUS_TAIL:]}"
+    sentences = [stripped for part in _SENTENCE_END.split(text) if (stripped := part.strip())]
+    if len(sentences) > 2 * EDGE_SENTENCES:
+        sentences = sentences[:EDGE_SENTENCES] + sentences[-EDGE_SENTENCES:]
+    last = len(sentences) - 1
+    likeness = [_task_likeness(s[:SENTENCE].lower(), at == 0, at == last) for at, s in enumerate(sentences)]
+    order = sorted(range(len(sentences)), key=lambda at: (-likeness[at], -at))
+    wanted = [at for at in order if likeness[at] >= TASK_LIKENESS] or [0, last]
+    taken: list[int] = []
+    room = FOCUS
+    for at in dict.fromkeys(wanted):
+        size = min(len(sentences[at]), SENTENCE) + 1
+        if size <= room or not taken:
+            taken.append(at)
+            room -= size
+    return "\n".join(sentences[at][:SENTENCE] for at in sorted(taken))[:FOCUS]
 
 
-def _asks(line: str) -> bool:
-    return "?" in line or _INSTRUCTION.search(line) is not None
+def _task_likeness(sentence: str, first: bool, last: bool) -> float:
+    """Say how much a sentence in lower case looks like the task of its text: a sum of hand-set weights."""
+    likeness = 0.6 * first + 0.8 * last
+    if sentence[-1] in "?\uff1f\u061f":
+        likeness += 2.0
+    if _IMPERATIVE.match(sentence):
+        likeness += 2.0
+    elif _INSTRUCTION.search(sentence):
+        likeness += 0.7
+    if _REQUEST.search(sentence):
+        likeness += 1.0
+    return likeness
 
 
 def structure(text: str) -> NDArray[np.float32]:
     """Return the features of `NAMES` as float32, shape (18,). Counts come as log(1 + n), shares in 0..1."""
     part = excerpt(text)
-    edges = focus(text)
+    edges = part if len(part) <= 601 else f"{part[:300]}\n{part[-300:]}"
+    lowered = edges.lower()
     size = max(len(part), 1)
     words = len(_WORD.findall(part))
     letters = latin = upper = digits = 0
@@ -135,10 +294,10 @@ def structure(text: str) -> NDArray[np.float32]:
             digits / max(len(edges), 1),
             log(edges.count("?") + edges.count("\uff1f") + edges.count("\u061f")),
             log(len(_LIST.findall(part))),
-            log(len(_INSTRUCTION.findall(edges))),
-            log(len(_REASONING.findall(edges))),
-            log(len(_CONSTRAINT.findall(edges))),
-            1.0 if _LOOKUP.match(edges) else 0.0,
+            log(len(_INSTRUCTION.findall(lowered))),
+            log(len(_REASONING.findall(lowered))),
+            log(len(_CONSTRAINT.findall(lowered))),
+            1.0 if _LOOKUP.match(lowered) else 0.0,
             log(edges.count(",") + edges.count(";") + edges.count(":")),
             log(edges.count('"') + edges.count("\u201c")),
             upper / max(letters, 1),
@@ -146,3 +305,8 @@ def structure(text: str) -> NDArray[np.float32]:
         ),
         dtype=np.float32,
     )
+
+
+def describe(text: str, task: str) -> NDArray[np.float32]:
+    """Return `structure` and `demand` side by side, shape (len(ALL_NAMES),); `task` is the text's `focus`."""
+    return np.concatenate((structure(text), demand(text, task)))

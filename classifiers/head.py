@@ -1,6 +1,6 @@
-"""The head: an encoder's vector and the structural features in, a judgement out.
+"""The head: an encoder's vector and the described features in, a judgement out.
 
-Trained by `classifiers/train.py` with scikit-learn; at run time two matrix products over plain arrays.
+Trained by `classifiers/train.py` with scikit-learn; at run time matrix products over plain arrays.
 """
 
 from __future__ import annotations
@@ -20,9 +20,24 @@ CLASSES = ("simple", "medium", "complex")
 BORDERS = (1.0 / 3.0, 2.0 / 3.0)
 MIN_OUTPUT_TOKENS, MAX_OUTPUT_TOKENS = 4, 4096
 # What an unfamiliar prompt's confidence is multiplied with.
-UNFAMILIAR = 0.5
+UNFAMILIAR = 0.8
+
+# Dimensions of the space in which labelled prompts are compared.
+PLACE = 64
+# Similarity of two prompts: this share from the vectors' cosine (about the mean), the rest from that of the features.
+VECTOR_SHARE = 0.7
+# Below the first similarity a labelled prompt has no say, above the second it decides.
+NEAR, SAME = 0.55, 0.75
+# How sharply the nearest of several labelled prompts is preferred.
+SHARPNESS = 20.0
+# Above this share of letters outside the Latin script a prompt counts as unfamiliar.
+MAX_NON_LATIN = 0.5
+# Standardised features are cut here, so that one odd count does not decide.
+MAX_DEVIATION = 3.0
 
 Array = NDArray[np.float32]
+
+_NON_LATIN = features.NAMES.index("non_latin_share")
 
 
 def class_of(difficulty: float) -> str:
@@ -37,14 +52,42 @@ def calibrated(p: NDArray[np.float64], slope: float, offset: float) -> NDArray[n
     return result
 
 
+def joined(vectors: Array, described: Array, centre: Array, scale: Array) -> Array:
+    """Join vectors and features of n prompts into rows of length 1.
+
+    `centre` and `scale` have the joint width of vector and features; only the features are divided by their scale.
+    """
+    width = vectors.shape[1]
+    v = vectors - centre[:width]
+    f = np.clip((described - centre[width:]) / scale[width:], -MAX_DEVIATION, MAX_DEVIATION)
+    v *= math.sqrt(VECTOR_SHARE) / np.maximum(np.sqrt((v * v).sum(axis=1, keepdims=True)), 1e-9)
+    f *= math.sqrt(1.0 - VECTOR_SHARE) / np.maximum(np.sqrt((f * f).sum(axis=1, keepdims=True)), 1e-9)
+    return np.concatenate((v, f), axis=1)
+
+
+def placed(joint: Array, axes: Array) -> Array:
+    """Project rows of `joined` on `axes` (PLACE, width): the product of two results is their similarity, -1..1."""
+    places: Array = products(joint, axes)
+    places /= np.maximum(np.sqrt((places * places).sum(axis=1, keepdims=True)), 1e-9)
+    return places
+
+
+def products(left: Array, right: Array) -> Array:
+    """Return left @ right.T. One row does not go through BLAS, whose threads cost milliseconds on a busy machine."""
+    if len(left) > 1:
+        return left @ right.T
+    row: Array = np.einsum("ij,j->i", right, left[0])
+    return row[None, :]
+
+
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """What a head thinks of one prompt.
 
     `probabilities`: of simple, medium, complex. `difficulty`: 0.5 p(medium) + p(complex). `confidence`: the
-    probability of the class named, calibrated on kinds of task that were held out of the training, and halved
-    when the prompt is not `familiar` (its nearest kind is further away than that of 95 % of the training
-    prompts). `output_tokens`: expected length of the answer. `kind`: words for the nearest kind of task.
+    probability of the class named, calibrated on kinds of task that were held out of the training, and lowered
+    when the prompt is not `familiar` (its nearest labelled prompt is less similar than that of 95 % of the labelled
+    ones). `output_tokens`: expected length of the answer. `kind`: words for the nearest prompt's kind of task.
     """
 
     probabilities: tuple[float, float, float]
@@ -56,54 +99,97 @@ class Judgement:
     familiar: bool
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a head sees in n prompts, before calibration.
+
+    `probabilities`: (n, 3). `log_tokens`: (n,). `similarity` and `nearest`: of the nearest labelled prompt, (n,);
+    the similarity is -1 where the script is not known.
+    """
+
+    probabilities: NDArray[np.float64]
+    log_tokens: NDArray[np.float64]
+    similarity: NDArray[np.float64]
+    nearest: NDArray[np.int64]
+
+
 class Head:
-    """Multinomial logistic regression for the class, ridge regression for log(output tokens), kind centroids."""
+    """Multinomial logistic regression corrected by the labelled prompts nearby; ridge for log(output tokens)."""
 
     def __init__(self, artefact: Artefact, *, dimensions: int) -> None:
         """Take the arrays of an artefact. Raises ArtefactError when they do not fit encoder or features."""
         self.id = artefact.id
         metadata, arrays = artefact.metadata, artefact.arrays
-        width = dimensions + len(features.NAMES)
+        width = dimensions + len(features.ALL_NAMES)
         try:
-            if tuple(metadata["features"]) != features.NAMES:
-                raise ArtefactError(f"{artefact.id}: trained on other structural features: train again")
+            if tuple(metadata["features"]) != features.ALL_NAMES:
+                raise ArtefactError(f"{artefact.id}: trained on other features: train again")
             self._weights: Array = np.ascontiguousarray(arrays["weights"], dtype=np.float32)
             self._bias: Array = arrays["bias"].astype(np.float32)
-            self._centroids: Array = np.ascontiguousarray(arrays["centroids"], dtype=np.float32)
+            self._centre: Array = arrays["centre"].astype(np.float32)
+            self._scale: Array = arrays["scale"].astype(np.float32)
+            self._axes: Array = np.ascontiguousarray(arrays["axes"], dtype=np.float32)
+            self._labelled: Array = np.ascontiguousarray(arrays["labelled"], dtype=np.float32)
+            labels = arrays["labelled_classes"].astype(np.int64)
+            self._labelled_kinds = arrays["labelled_kinds"].astype(np.int64)
             self._kinds = tuple(str(words) for words in metadata["kinds"])
             self._slope, self._offset = (float(number) for number in metadata["calibration"])
             self._familiar_above = float(metadata["familiar_above"])
             self.transformer_below = float(metadata["transformer_below"])
-        except (KeyError, TypeError, ValueError) as error:
+            self._labels: Array = np.eye(len(CLASSES), dtype=np.float32)[labels]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ArtefactError(f"{artefact.id}: incomplete head ({error})") from error
         # Columns: three classes, then log(output tokens).
         if self._weights.shape != (width, 4) or self._bias.shape != (4,):
             raise ArtefactError(
                 f"{artefact.id}: weights have shape {self._weights.shape}, expected ({width}, 4)"
             )
-        if self._centroids.shape != (len(self._kinds), dimensions):
-            raise ArtefactError(f"{artefact.id}: centroids do not fit the kinds")
+        count = len(self._labels)
+        if (
+            self._labelled.shape != (count, PLACE)
+            or self._axes.shape != (PLACE, width)
+            or self._labelled_kinds.shape != (count,)
+            or self._centre.shape != (width,)
+            or self._scale.shape != (width,)
+            or not count
+            or self._labelled_kinds.max() >= len(self._kinds)
+        ):
+            raise ArtefactError(f"{artefact.id}: the labelled prompts do not fit the head")
 
-    def judge(self, vector: Array, structure: Array) -> Judgement:
-        """Judge one prompt from its unit vector (dimensions,) and `features.structure` (18,)."""
-        scores = np.concatenate((vector, structure)) @ self._weights + self._bias
-        raw = np.exp(scores[:3] - scores[:3].max())
-        p = (raw / raw.sum()).tolist()
+    def view(self, vectors: Array, described: Array) -> View:
+        """See n prompts: unit vectors (n, dimensions) and `features.describe` (n, len(ALL_NAMES)), float32."""
+        scores = np.concatenate((vectors, described), axis=1) @ self._weights + self._bias
+        p = np.exp(scores[:, :3] - scores[:, :3].max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        joint = joined(vectors, described, self._centre, self._scale)
+        similarity = products(placed(joint, self._axes), self._labelled)
+        nearest = similarity.argmax(axis=1)
+        top = similarity[np.arange(len(nearest)), nearest]
+        # Scripts that the encoders hardly know give all texts one vector: no likeness follows from it.
+        top[described[:, _NON_LATIN] > MAX_NON_LATIN] = -1.0
+        say = np.clip((top - NEAR) / (SAME - NEAR), 0.0, 1.0)[:, None]
+        if say.any():
+            votes = np.exp(SHARPNESS * (similarity - similarity.max(axis=1, keepdims=True)))
+            p = (1.0 - say) * p + say * (votes @ self._labels) / votes.sum(axis=1, keepdims=True)
+        return View(p.astype(np.float64), scores[:, 3].astype(np.float64), top.astype(np.float64), nearest)
+
+    def judge(self, vector: Array, described: Array) -> Judgement:
+        """Judge one prompt from its unit vector (dimensions,) and `features.describe` (len(ALL_NAMES),)."""
+        view = self.view(vector[None, :], described[None, :])
+        p = view.probabilities[0].tolist()
         difficulty = min(max(0.5 * p[1] + p[2], 0.0), 1.0)
         prompt_class = class_of(difficulty)
-        nearness = self._centroids @ vector
-        nearest = int(nearness.argmax())
-        familiar = bool(nearness[nearest] >= self._familiar_above)
+        familiar = bool(view.similarity[0] >= self._familiar_above)
         named = min(max(p[CLASSES.index(prompt_class)], 1e-6), 1.0 - 1e-6)
         logit = self._slope * math.log(named / (1.0 - named)) + self._offset
         confidence = (1.0 if familiar else UNFAMILIAR) / (1.0 + math.exp(-logit))
-        tokens = round(math.exp(min(float(scores[3]), 10.0)))
+        tokens = round(math.exp(min(float(view.log_tokens[0]), 10.0)))
         return Judgement(
             probabilities=(p[0], p[1], p[2]),
             difficulty=difficulty,
             prompt_class=prompt_class,
             confidence=confidence,
             output_tokens=min(max(tokens, MIN_OUTPUT_TOKENS), MAX_OUTPUT_TOKENS),
-            kind=self._kinds[nearest],
+            kind=self._kinds[self._labelled_kinds[view.nearest[0]]],
             familiar=familiar,
         )

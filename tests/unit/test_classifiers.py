@@ -143,18 +143,21 @@ def test_the_task_is_found_at_either_end_of_a_long_text() -> None:
     for text in (f"When is the next meeting?\n\n{body}", f"{body}\n\nWhen is the next meeting?"):
         focus = features.focus(text)
         assert "When is the next meeting?" in focus
-        assert len(focus) <= 601
+        assert len(focus) <= 600
 
 
 @given(st.text(max_size=3000))
 @settings(max_examples=100, deadline=None)
 def test_focus_and_excerpt_are_bounded(text: str) -> None:
-    assert len(features.focus(text)) <= 601
+    assert len(features.focus(text)) <= 600
     assert len(features.excerpt(text * 3)) <= 4501
     structure = features.structure(text)
     assert structure.shape == (len(features.NAMES),)
-    assert structure.dtype == np.float32
-    assert np.isfinite(structure).all()
+    described = features.describe(text, features.focus(text))
+    assert described.shape == (len(features.ALL_NAMES),)
+    assert described.dtype == np.float32
+    assert np.isfinite(described).all()
+    np.testing.assert_array_equal(described[: len(features.NAMES)], structure)
 
 
 def test_structural_features_count_what_they_name() -> None:
@@ -179,12 +182,13 @@ def test_the_reason_never_repeats_the_prompt() -> None:
     assert "Zanzibar" not in verdict.reason
 
 
-def test_an_unfamiliar_prompt_is_passed_on_and_a_clear_one_is_not() -> None:
+def test_an_unfamiliar_prompt_is_said_to_be_so_and_a_clear_one_needs_no_transformer() -> None:
     gibberish = CLASSIFIER.classify("zxqv wrtp 77 kkj ooqw lmnb")
     odd_script = CLASSIFIER.classify("ᐃᓄᒃᑎᑐᑦ ᐅᖃᐅᓯᖅ")
     clear = CLASSIFIER.classify("What is the capital of Peru?")
-    assert CLASSIFIER.needs_transformer(odd_script)
-    assert gibberish.confidence < clear.confidence
+    # The transformer knows this script no better: it need not be asked.
+    assert "unfamiliar prompt" in odd_script.reason
+    assert max(gibberish.confidence, odd_script.confidence) < clear.confidence
     assert not CLASSIFIER.needs_transformer(clear)
 
 
@@ -199,14 +203,83 @@ def test_refining_is_by_the_transformer_and_settles_the_matter() -> None:
         assert not CLASSIFIER.needs_transformer(refined)
 
 
-def test_a_quarter_to_a_third_of_the_prompts_need_the_transformer() -> None:
-    texts = [
-        json.loads(line)["text"]
-        for path in sorted(DATA_DIRECTORY.glob("prompts/*.jsonl"))
-        for line in path.read_text().splitlines()
+def rows_of(pattern: str) -> list[dict[str, str]]:
+    return [
+        json.loads(line)
+        for path in sorted(DATA_DIRECTORY.glob(pattern))
+        for line in path.read_text(encoding="utf-8").splitlines()
     ]
+
+
+def test_the_transformer_is_asked_for_few_prompts_and_not_for_none() -> None:
+    texts = [row["text"] for row in rows_of("later_prompts.jsonl") + rows_of("paraphrases.jsonl")]
     asked = sum(CLASSIFIER.needs_transformer(CLASSIFIER.classify(text)) for text in texts)
-    assert 0.02 < asked / len(texts) < 0.4
+    assert 0.01 <= asked / len(texts) <= 0.3
+
+
+def deployed(text: str) -> str:
+    verdict = CLASSIFIER.classify(text)
+    if CLASSIFIER.needs_transformer(verdict):
+        verdict = CLASSIFIER.refine(text, verdict)
+    return verdict.prompt_class
+
+
+def test_prompts_written_after_the_features_get_the_class_a_person_gave() -> None:
+    rows = rows_of("later_prompts.jsonl")
+    assert len({row["kind"] for row in rows}) == 5
+    assert not {row["kind"] for row in rows} & {row["kind"] for row in rows_of("prompts/*.jsonl")}
+    f1 = []
+    guesses = [(deployed(row["text"]), row["class"]) for row in rows]
+    for name in CLASSES:
+        right = sum(guess == truth == name for guess, truth in guesses)
+        f1.append(2 * right / sum((guess == name) + (truth == name) for guess, truth in guesses))
+    assert sum(f1) / len(f1) >= 0.75
+
+
+def test_paraphrases_of_labelled_prompts_seldom_change_the_class() -> None:
+    rows = rows_of("paraphrases.jsonl")
+    labelled = {row["text"] for row in rows_of("prompts/*.jsonl")}
+    assert len(rows) >= 150
+    assert len({row["kind"] for row in rows}) >= 15
+    assert all(row["paraphrases"] in labelled and row["text"] not in labelled for row in rows)
+    flips = sum(deployed(row["text"]) != deployed(row["paraphrases"]) for row in rows)
+    assert flips / len(rows) <= 0.05
+
+
+def test_no_prompt_is_nearly_one_of_another_kind() -> None:
+    rows = rows_of("prompts/*.jsonl")
+    kinds = np.array([row["kind"] for row in rows])
+    vectors = CLASSIFIER.minilm.encode([features.focus(row["text"]) for row in rows])
+    near = (vectors @ vectors.T > 0.85) & (kinds[:, None] != kinds[None, :])
+    assert [(rows[a]["text"], rows[b]["text"]) for a, b in np.argwhere(near) if a < b] == []
+
+
+def test_the_task_is_found_within_a_pasted_text() -> None:
+    story = "I was at the market on Saturday. It rained a little. We bought apples. The dog was wet. " * 4
+    assert (
+        features.focus(f"{story}How many grams are in a pound? {story}") == "How many grams are in a pound?"
+    )
+    quoted = f'Translate the following into French: "{story}"'
+    assert features.focus(quoted) == 'Translate the following into French:  "..."'
+
+
+def test_demands_are_counted() -> None:
+    def of(text: str) -> dict[str, float]:
+        task = features.focus(text)
+        return dict(zip(features.DEMAND_NAMES, features.demand(text, task).tolist(), strict=True))
+
+    hard = of("Prove the bound, derive the rate and justify each assumption.")
+    assert hard["words_hard"] == pytest.approx(np.log(5))
+    assert hard["first_hard"] == 1.0
+    assert hard["words_demands"] > 0
+    assert hard["opens_otherwise"] == 1.0
+    assert of("Hi, how many days has May?")["opens_how_many"] == 1.0
+    assert of("Why is the sky blue?")["asks_why"] > 0
+    assert of("Summarise it in one sentence")["small_answer"] == 1.0
+    assert of("Write 300 words on bees")["answer_size"] == pytest.approx(np.log(301) / 4)
+    assert of("List them, explain each and say why")["further_requests"] == pytest.approx(np.log(3))
+    assert of("证明素数有无穷多个")["parts_hard"] > 0
+    assert sum(of("")[name] for name in features.DEMAND_NAMES) == 1.0
 
 
 def test_verdicts_do_not_change_with_threads_or_loads() -> None:
@@ -271,14 +344,18 @@ def test_the_training_prompts_are_well_formed() -> None:
             kinds.add(row["kind"])
             classes[row["class"]] += 1
     assert len(kinds) >= 15
-    assert min(classes.values()) >= 100
+    assert len(seen) >= 400
+    assert min(classes.values()) >= 300
 
 
-def test_the_scores_on_record_beat_the_baselines() -> None:
-    results = json.loads((DATA_DIRECTORY / "scores.json").read_text())["results"]
-    for head in ("static", "minilm"):
-        for baseline in ("baseline_length_only", "baseline_majority", "baseline_structure_only"):
-            assert results[head]["macro_f1"] > results[baseline]["macro_f1"]
+def test_the_scores_on_record_keep_the_bar() -> None:
+    scores = json.loads((DATA_DIRECTORY / "scores.json").read_text())["unseen_kinds"]
+    for path in ("static", "minilm", "static_then_minilm"):
+        f1 = scores[path]["macro_f1"]["mean"]
+        assert f1 >= 0.75
+        assert f1 >= scores["length_only"]["macro_f1"]["mean"] + 0.2
+        assert len(scores["macro_f1_per_split"][path]) == 20
+    assert 0.01 <= scores["static_then_minilm"]["transformer_asked"]["mean"] <= 0.3
 
 
 def test_the_manifest_records_where_the_encoders_come_from() -> None:
