@@ -1,5 +1,6 @@
 """Shadow answers: a share of the requests that a cheaper model answered also goes to the reference, and a judge, or
-their agreement, says how good both answers are.
+their agreement, says how good both answers are. Where the reference itself answered because cheaper models lack the
+labels that a quality floor asks for, one of those gets the request instead.
 
 Off the answer path: it begins when the answer has ended, in a task of its own that fails and delays no request. Each
 call is a ledger row of its own (`learn.shadow`, `learn.judge`) under the budget `learn`; the labels travel with it.
@@ -11,15 +12,17 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from classifiers.encoder import Encoder
 from router.core.decide import NoPlan, Plan
 from router.core.errors import FarthingError, UpstreamError
+from router.core.floor import reference_of
 from router.core.learning import Label
 from router.core.policy import BudgetLimit, LearnPolicy
 from router.core.ports import Clock, Identifiers
 from router.core.pricing import price_usage, total
-from router.core.types import ChatRequest, NanoUSD
+from router.core.types import ChatRequest
 from router.stages.cascade import HeldAnswer
 from router.stages.dispatch import Dispatch
 from router.stages.exchange import Exchange, serving
@@ -51,14 +54,18 @@ ORGANISATION = "organisation"
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A request whose served answer is to be compared. `propensity`: with which this pair came about."""
+    """A request whose answer, by `served`, is compared with one by `other`; one of the two is the reference.
+    `propensity`: with which this pair came about.
+    """
 
     exchange: Exchange
     learn: LearnPolicy
     served: str
-    reference: str
+    other: str
     answer: Answer
     propensity: float
+    yardstick: Literal["served", "other"]
+    """Which of the two is the reference's."""
 
 
 class Shadows:
@@ -89,12 +96,15 @@ class Shadows:
         learn = exchange.snapshot.learn
         if learn is None or not learn.shadow or learn.budget is None or self._ended:
             return
-        reference = _reference(exchange)
-        if reference is None or body is None or len(body) > MAX_ANSWER:
+        others = _others(exchange)
+        if not others or body is None or len(body) > MAX_ANSWER:
             return
-        if self._draw() >= learn.shadow or len(self._tasks) >= IN_FLIGHT:
+        draw = self._draw()
+        if draw >= learn.shadow or len(self._tasks) >= IN_FLIGHT:
             return
-        task = asyncio.get_running_loop().create_task(self._compare(exchange, learn, reference, body))
+        other = others[min(int(draw / float(learn.shadow) * len(others)), len(others) - 1)]
+        propensity = float(learn.shadow) / len(others)
+        task = asyncio.get_running_loop().create_task(self._compare(exchange, learn, other, propensity, body))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -109,12 +119,15 @@ class Shadows:
         self.end()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _compare(self, exchange: Exchange, learn: LearnPolicy, reference: str, body: bytes) -> None:
+    async def _compare(
+        self, exchange: Exchange, learn: LearnPolicy, other: str, propensity: float, body: bytes
+    ) -> None:
         answer, served = parsed_answer(body, exchange.request.stream), serving(exchange.attempts)
         if answer is None or served is None or exchange.plan is None:
             return
-        propensity = float(learn.shadow) * exchange.plan.propensity
-        pair = _Pair(exchange, learn, served.model, reference, answer, propensity)
+        propensity *= exchange.plan.propensity
+        yardstick: Literal["served", "other"] = "other" if other == _reference(exchange) else "served"
+        pair = _Pair(exchange, learn, served.model, other, answer, propensity, yardstick)
         try:
             await self._shadow(pair)
         except FarthingError:
@@ -126,13 +139,13 @@ class Shadows:
         judge = pair.learn.judge if readable(pair.exchange.request) else None
         if judge not in pair.exchange.policy.allow:
             judge = None  # whoever may not answer the prompt may not read it either
-        shadow = self._aside(pair, SHADOW_ENDPOINT, pair.reference, unstreamed(pair.exchange.request))
+        shadow = self._aside(pair, SHADOW_ENDPOINT, pair.other, unstreamed(pair.exchange.request))
 
         def labelled(answer: Answer) -> None:
             if judge is None:
                 shadow.labels = self._agreed(pair, answer)
 
-        answer = await self._call(shadow, pair.reference, labelled)
+        answer = await self._call(shadow, pair.other, labelled)
         if answer is not None and judge is not None:
             await self._judge(pair, judge, answer)
 
@@ -149,24 +162,29 @@ class Shadows:
             verdict = read_verdict(said)
             if verdict is not None:
                 scores = (verdict.a_good, verdict.b_good)
-                served, reference = reversed(scores) if swapped else scores
-                judging.labels = self._labels(pair, "judge", served, reference, 1.0)
+                served, other = reversed(scores) if swapped else scores
+                judging.labels = self._labels(pair, "judge", served, other, 1.0)
 
         await self._call(judging, judge, labelled)
 
     def _agreed(self, pair: _Pair, answer: Answer) -> tuple[Label, ...]:
         """Labels without a judge: the reference's answer is the yardstick, unless it is broken itself."""
-        if signals_of(pair.exchange.request, answer):
+        mine = pair.yardstick == "served"
+        reference, cheap = (pair.answer, answer) if mine else (answer, pair.answer)
+        if signals_of(pair.exchange.request, reference):
             return ()
-        found = agreement(pair.answer, answer, self._likeness)
-        return self._labels(pair, "shadow", found[0], 1.0, found[1]) if found is not None else ()
+        found = agreement(cheap, reference, self._likeness)
+        if found is None:
+            return ()
+        score, weight = found
+        return self._labels(pair, "shadow", *((1.0, score) if mine else (score, 1.0)), weight)
 
     def _likeness(self, left: str, right: str) -> float:
         vectors = self._encoder.encode([left, right])
         return float(vectors[0] @ vectors[1])
 
     def _labels(
-        self, pair: _Pair, source: str, served: float, reference: float, weight: float
+        self, pair: _Pair, source: str, served: float, other: float, weight: float
     ) -> tuple[Label, ...]:
         caller, now = pair.exchange.caller, self._clock.now()
         return tuple(
@@ -181,7 +199,7 @@ class Shadows:
                 key_id=caller.key_id,
                 team=caller.team,
             )
-            for model, score in ((pair.served, served), (pair.reference, reference))
+            for model, score in ((pair.served, served), (pair.other, other))
         )
 
     def _aside(self, pair: _Pair, endpoint: str, model: str, request: ChatRequest) -> Exchange:
@@ -238,20 +256,27 @@ class Shadows:
 
 
 def _reference(exchange: Exchange) -> str | None:
-    """The model to compare with; None where the request is not one to be compared."""
-    plan, policy, record, wishes = exchange.plan, exchange.policy, exchange.record, exchange.wishes
+    """What cheaper models are measured against; None where the policy does not allow it for this request."""
+    policy, verdict = exchange.policy, exchange.verdict
+    if verdict is None or (policy.baseline is not None and policy.baseline not in policy.allow):
+        return None
+    return reference_of(exchange.snapshot, policy, verdict.prompt_class)
+
+
+def _others(exchange: Exchange) -> tuple[str, ...]:
+    """The models one of which may answer as well; none where the request is not one to be compared."""
+    plan, record, wishes = exchange.plan, exchange.record, exchange.wishes
     if plan is None or plan.reason == "named" or record is None or record.status != "complete":
-        return None
+        return ()
     if not wishes.write_cache or exchange.request.choices != 1:
-        return None  # who asks for nothing to be kept gets no second answer made
-    reference = exchange.reference if exchange.reference is not None else policy.baseline
-    served = serving(exchange.attempts)
-    if served is None or served.cost is None or reference is None or reference == served.model:
-        return None
-    # A candidate passed every hard constraint: the policy allows it and it can do what the request needs.
-    if all(candidate.model != reference for candidate in plan.candidates):
-        return None
+        return ()  # who asks for nothing to be kept gets no second answer made
+    reference, served = _reference(exchange), serving(exchange.attempts)
+    if reference is None or served is None or served.cost is None:
+        return ()
+    if served.model == reference:
+        return plan.unproven
+    # A candidate passed every hard constraint: the policy allows it, and it can do what the request needs.
     price = exchange.prices.get(reference)
-    if price is None or total(price_usage(served.usage, price)) <= NanoUSD(served.cost):
-        return None
-    return reference
+    if price is None or all(candidate.model != reference for candidate in plan.candidates):
+        return ()
+    return (reference,) if total(price_usage(served.usage, price)) > served.cost else ()

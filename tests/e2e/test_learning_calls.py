@@ -8,7 +8,6 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
-import pytest
 import sqlalchemy as sa
 
 from router.adapters.sql.schema import labels
@@ -17,8 +16,8 @@ from tests.e2e.provider import Provider
 from tests.e2e.setting import PRICES, policy
 from tests.e2e.test_chat import cost_of
 
-Unique = Callable[[str], str]
 Start = Callable[..., Gateway]
+QUESTION = "What is 2 + 2?"
 REFUSAL = "I'm sorry, but I can't help with that."
 VERDICT = '{"better": "b", "a_good": 0.4, "b_good": 0.9}'
 
@@ -48,37 +47,33 @@ def verified(gateway: Gateway) -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
-def test_a_refusal_is_replaced_before_the_first_byte(
-    start_gateway: Start, provider: Provider, unique: Unique, stream: bool
-) -> None:
+def test_a_refusal_is_replaced_before_the_first_byte(start_gateway: Start, provider: Provider) -> None:
     gateway = start_gateway(policy=cascading())
-    with provider.changed("small", says=REFUSAL):
-        answer = gateway.chat(gateway.key("search"), unique("What is 2 + 2?"), stream=stream)
-    assert answer.status_code == 200, answer.text
-    assert "sorry" not in answer.text
-    assert answer.headers["x-farthing-model"] == "middle"
-    assert "escalated after refusal" in answer.headers["x-farthing-decision"]
-    request_id = answer.headers["x-request-id"]
-    row, tried = gateway.row(request_id), gateway.attempts(request_id)
-    assert [(a["model"], a["outcome"], a["error"]) for a in tried] == [
-        ("small", "complete", "escalated"),
-        ("middle", "complete", None),
-    ]
-    assert (row["served_model"], row["overhead"]) == ("middle", tried[0]["cost"])
-    assert row["cost"] == tried[0]["cost"] + tried[1]["cost"]
-    assert [call["model"] for call in provider.calls(request_id)] == ["small", "middle"]
+    for stream in (False, True):
+        with provider.changed("small", says=REFUSAL):
+            answer = gateway.chat(gateway.key("search"), f"What is 2 + {2 + stream}?", stream=stream)
+        assert answer.status_code == 200, answer.text
+        assert "sorry" not in answer.text
+        assert answer.headers["x-farthing-model"] == "middle"
+        assert "escalated after refusal" in answer.headers["x-farthing-decision"]
+        request_id = answer.headers["x-request-id"]
+        row, tried = gateway.row(request_id), gateway.attempts(request_id)
+        assert [(a["model"], a["outcome"], a["error"]) for a in tried] == [
+            ("small", "complete", "escalated"),
+            ("middle", "complete", None),
+        ]
+        assert (row["served_model"], row["overhead"]) == ("middle", tried[0]["cost"])
+        assert row["cost"] == tried[0]["cost"] + tried[1]["cost"]
+        assert [call["model"] for call in provider.calls(request_id)] == ["small", "middle"]
     verified(gateway)
 
 
-def test_the_openai_client_reads_a_verified_stream(
-    start_gateway: Start, provider: Provider, unique: Unique
-) -> None:
+def test_the_openai_client_reads_a_verified_stream(start_gateway: Start, provider: Provider) -> None:
     gateway = start_gateway(policy=cascading("frontier"))
     with provider.changed("frontier", says='{"good": 0.95}'):
         stream = gateway.openai(gateway.key("search")).chat.completions.create(
             model="auto",
-            messages=[{"role": "user", "content": unique("What is 2 + 2?")}],
+            messages=[{"role": "user", "content": QUESTION}],
             stream=True,
             stream_options={"include_usage": True},
         )
@@ -95,12 +90,10 @@ def test_the_openai_client_reads_a_verified_stream(
     verified(gateway)
 
 
-def test_a_verifier_sends_it_to_the_stronger_model(
-    start_gateway: Start, provider: Provider, unique: Unique
-) -> None:
+def test_a_verifier_sends_it_to_the_stronger_model(start_gateway: Start, provider: Provider) -> None:
     gateway = start_gateway(policy=cascading("frontier"))
     with provider.changed("frontier", says='{"good": 0.05}'):
-        answer = gateway.chat(gateway.key("search"), unique("What is 2 + 2?"))
+        answer = gateway.chat(gateway.key("search"), QUESTION)
     assert "escalated after verification" in answer.headers["x-farthing-decision"]
     assert answer.headers["x-farthing-model"] == "middle"
     tried = gateway.attempts(answer.headers["x-request-id"])
@@ -108,60 +101,57 @@ def test_a_verifier_sends_it_to_the_stronger_model(
     verified(gateway)
 
 
-def test_a_team_out_of_budget_gets_the_cheap_answer(
-    start_gateway: Start, provider: Provider, unique: Unique
-) -> None:
+def test_a_team_out_of_budget_gets_the_cheap_answer(start_gateway: Start, provider: Provider) -> None:
     poor = "  poor: { budget: { month: 0.004, at_limit: refuse, hard_cap: 0.004 } }"
     gateway = start_gateway(policy=cascading(teams=poor))
     with provider.changed("small", says=REFUSAL):
-        answer = gateway.chat(gateway.key("poor"), unique("What is 2 + 2?"))
+        answer = gateway.chat(gateway.key("poor"), QUESTION)
     assert answer.json()["choices"][0]["message"]["content"] == REFUSAL
     assert answer.headers["x-farthing-model"] == "small"
     verified(gateway)
 
 
-def test_without_learn_every_call_was_asked_for(gateway: Gateway, provider: Provider, unique: Unique) -> None:
-    for _ in range(20):
-        gateway.chat(gateway.key("search"), unique("What is 2 + 2?"))
+def test_without_learn_every_call_was_asked_for(start_gateway: Start, provider: Provider) -> None:
+    gateway = start_gateway()
+    for number in range(20):
+        gateway.chat(gateway.key("search"), f"What is {number} + 2?")
     time.sleep(0.3)
     assert [call["model"] for call in provider.log()] == ["small"] * 20
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
-def test_a_judge_labels_a_shadow_answer(
-    start_gateway: Start, provider: Provider, unique: Unique, stream: bool
-) -> None:
+def test_a_judge_labels_a_shadow_answer(start_gateway: Start, provider: Provider) -> None:
     gateway = start_gateway(policy=shadowing(judge="middle"))
+    asked: list[str] = []
     with provider.changed("middle", says=VERDICT):
-        answer = gateway.chat(gateway.key("search"), unique("What is 2 + 2?"), stream=stream)
-        found = until(lambda: kept_labels(gateway), "the pair is labelled")
-    request_id = answer.headers["x-request-id"]
-    assert {label["request_id"] for label in found} == {request_id}
-    assert sorted((label["model"], label["source"]) for label in found) == [
-        ("frontier", "judge"),
-        ("small", "judge"),
-    ]
-    assert {label["score"] for label in found} == {0.4, 0.9}
-    (shadow,), (judge,) = rows(gateway, "learn.shadow"), rows(gateway, "learn.judge")
-    assert (shadow["served_model"], judge["served_model"]) == ("frontier", "middle")
-    assert {shadow["team"], judge["team"]} == {"search"}
-    (window,) = json.loads(shadow["budgets"])
-    assert window[0] == "learn"
+        for stream in (False, True):
+            answer = gateway.chat(gateway.key("search"), f"What is 2 + {2 + stream}?", stream=stream)
+            asked.append(answer.headers["x-request-id"])
+        found = until(lambda: len(kept := kept_labels(gateway)) == 4 and kept, "both pairs are labelled")
+    for request_id in asked:
+        pair = [label for label in found if label["request_id"] == request_id]
+        assert sorted((label["model"], label["source"]) for label in pair) == [
+            ("frontier", "judge"),
+            ("small", "judge"),
+        ]
+        assert {label["score"] for label in pair} == {0.4, 0.9}
+    for endpoint, model in (("learn.shadow", "frontier"), ("learn.judge", "middle")):
+        for row in rows(gateway, endpoint):
+            assert (row["served_model"], row["team"], row["baseline"]) == (model, "search", None)
+            ((window, _),) = json.loads(row["budgets"])
+            assert window == "learn"
     verified(gateway)
     report = json.loads(gateway.cli("report", "spend", "--by", "team", "--format", "json").stdout)
     (line,) = report["rows"]
     calls = provider.log()
-    assert len(calls) == 3
+    assert sorted(call["model"] for call in calls) == ["frontier"] * 2 + ["middle"] * 2 + ["small"] * 2
     assert Decimal(str(line["cost_usd"])) == sum(cost_of(call, PRICES[call["model"]]) for call in calls)
 
 
-def test_an_exhausted_budget_stops_shadows_and_no_request(
-    start_gateway: Start, provider: Provider, unique: Unique
-) -> None:
+def test_an_exhausted_budget_stops_shadows_and_no_request(start_gateway: Start, provider: Provider) -> None:
     # frontier's worst case: 4,096 tokens at 20 USD per million, 0.08 USD and the input
     gateway = start_gateway(policy=shadowing(month="0.0845"))
-    for _ in range(12):
-        answer = gateway.chat(gateway.key("search"), unique("What is 2 + 2?"))
+    for number in range(12):
+        answer = gateway.chat(gateway.key("search"), f"What is {number} + 2?")
         assert answer.status_code == 200
         time.sleep(0.05)
     gateway.settled()
@@ -170,12 +160,10 @@ def test_an_exhausted_budget_stops_shadows_and_no_request(
     verified(gateway)
 
 
-def test_kill_9_in_a_shadow_leaves_consistent_rows(
-    start_gateway: Start, provider: Provider, unique: Unique
-) -> None:
+def test_kill_9_in_a_shadow_leaves_consistent_rows(start_gateway: Start, provider: Provider) -> None:
     gateway = start_gateway(policy=shadowing())
     with provider.changed("frontier", first_token=20):
-        answer = gateway.chat(gateway.key("search"), unique("What is 2 + 2?"))
+        answer = gateway.chat(gateway.key("search"), QUESTION)
         until(lambda: any(call["model"] == "frontier" for call in provider.log()), "the shadow is under way")
         gateway.kill()
     gateway.start()
@@ -187,10 +175,10 @@ def test_kill_9_in_a_shadow_leaves_consistent_rows(
     verified(gateway)
 
 
-def test_sigterm_does_not_wait_for_a_shadow(start_gateway: Start, provider: Provider, unique: Unique) -> None:
+def test_sigterm_does_not_wait_for_a_shadow(start_gateway: Start, provider: Provider) -> None:
     gateway = start_gateway(policy=shadowing())
     with provider.changed("frontier", first_token=20):
-        gateway.chat(gateway.key("search"), unique("What is 2 + 2?"))
+        gateway.chat(gateway.key("search"), QUESTION)
         until(lambda: any(call["model"] == "frontier" for call in provider.log()), "the shadow is under way")
         began = time.monotonic()
         assert gateway.stop() == 0
