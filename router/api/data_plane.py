@@ -143,6 +143,9 @@ class DataPlane:
 
     async def _chat_completions(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
         headers = _headers(scope)
+        # Before a byte of the body is kept: nobody without a key, and no flood, fills the memory.
+        self._admission.check_room()
+        await self._admission.caller(headers.get("authorization"), _is_loopback(scope))
         body = await _read_body(headers, receive, self._max_body)
         inbound = Inbound(reply.request_id, "chat.completions", headers, body, _is_loopback(scope))
         async with _Leaving(receive), self._pipeline.answer(inbound) as answer:

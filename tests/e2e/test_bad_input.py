@@ -242,6 +242,16 @@ def test_too_large_is_refused_before_it_is_read(gateway: Gateway) -> None:
     assert b"request_too_large" in answer
 
 
+def test_a_caller_without_a_key_is_refused_before_the_body_is_read(gateway: Gateway) -> None:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer nobody-knows-this-one"
+            b"\r\ncontent-length: 1000000\r\n\r\n"
+        )
+        answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 401")
+
+
 def test_too_large_without_a_length_is_refused(gateway: Gateway) -> None:
     def pieces() -> Any:
         yield b'{"model": "auto", "messages": [{"role": "user", "content": "'
