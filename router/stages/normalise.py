@@ -26,10 +26,8 @@ IMAGE_BOUND_LOW_DETAIL = 3_000
 IMAGE_ESTIMATE = 800
 MESSAGE_BOUND = 64
 
-# What says how the answer travels or who asks, not what the model must be able to do.
-_STRUCTURAL = frozenset(
-    {"model", "messages", "stream", "stream_options", "user", "metadata", "n", "safety_identifier"}
-)
+# What every model takes, or the gateway itself writes anew. `n` counts where more than one choice is asked for.
+_STRUCTURAL = frozenset({"model", "messages", "stream", "stream_options"})
 _STANDARD_TIERS = (None, "auto", "default")
 
 
@@ -80,7 +78,9 @@ def normalise_chat(raw: bytes) -> ChatRequest:
         max_output=max_output,
         needs=frozenset(needs),
         parameters=frozenset(
-            name for name, value in body.items() if name not in _STRUCTURAL and value is not None
+            name
+            for name, value in body.items()
+            if name not in _STRUCTURAL and value is not None and (name, value) != ("n", 1)
         ),
         input_tokens=reader.tokens + tools,
         input_bound=len(raw) - reader.media_bytes + reader.media_bound + MESSAGE_BOUND * len(messages),
