@@ -40,6 +40,7 @@ MAX_ERROR_BODY = 64 * 1024
 LONGEST_WAIT = 2.0
 """Seconds a Retry-After is waited for; a longer one makes the next model answer at once."""
 FIRST_WAIT = 0.1
+CHARACTERS_PER_TOKEN = 4
 IDLE_SLACK = 0.25
 """Seconds a stream may be silent beyond its idle timeout, at most a tenth of it."""
 
@@ -249,7 +250,7 @@ class Dispatch:
                 sink.append(frame)
             if broken is not None:
                 raise broken
-            if tap.content_frames > bound:
+            if self._written(exchange, tap) > bound:
                 bound = await self._extend(exchange, trial, bound)
             if sink.ahead:
                 # A reader that takes its time is no silence of the provider's.
@@ -443,6 +444,15 @@ class Dispatch:
 
     def _output_held(self, exchange: Exchange, trial: _Trial) -> int:
         return exchange.request.choices * max(1, output_held(exchange.request, trial.model, exchange.policy))
+
+    @staticmethod
+    def _written(exchange: Exchange, tap: StreamTap) -> int:
+        """About how many tokens came. Some providers put many into one frame; where the caller gave a limit, the
+        provider keeps to it, and counting characters could only be wrong.
+        """
+        if exchange.request.max_output is not None:
+            return tap.content_frames
+        return max(tap.content_frames, tap.output_characters // CHARACTERS_PER_TOKEN)
 
     async def _extend(self, exchange: Exchange, trial: _Trial, bound: int) -> int:
         """A stream outgrows its hold: holds as much again, or ends it."""

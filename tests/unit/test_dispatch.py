@@ -246,6 +246,15 @@ async def test_a_stream_that_outgrows_its_hold_extends_it_or_ends() -> None:
     assert not rig.health._breakers, "the provider did nothing wrong"
 
 
+async def test_a_stream_of_few_large_frames_outgrows_its_hold_too() -> None:
+    rig = Rig()
+    # The hold covers 1,000 tokens; 30 frames of 400 characters are about 3,000.
+    rig.wire.scripts["first"] = [Script(*(chunk("word " * 80) for _ in range(30)), *GOOD_STREAM)]
+    told = events(await rig.ask("capped", stream=True))
+    assert json.loads(told[-1])["error"]["code"] == "budget_exceeded"
+    assert await rig.held() == 0
+
+
 async def test_another_attempt_needs_its_own_money() -> None:
     rig = Rig(policy=POLICY.replace("hard_cap: 0.01 }, fallback: []", "hard_cap: 0.01 }, fallback: [second]"))
     rig.wire.scripts["first"] = [Script(b"{}", status=500)]
