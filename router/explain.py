@@ -17,7 +17,7 @@ from router.adapters.sql.lookup import REASONS, as_json, find_request
 from router.adapters.sql.reports import Usd
 from router.adapters.system import SystemClock
 from router.core.compile import CompiledSnapshot
-from router.core.decide import NoPlan, Plan, Question, success_of
+from router.core.decide import NoPlan, Plan, Question, four_decimals, success_of
 from router.core.errors import ConfigurationError, InvalidRequest, RequestError
 from router.core.health import Health
 from router.core.learning import Estimate, Learned
@@ -269,7 +269,7 @@ def _models(
         estimate = estimates.get(name)
         success = success_of(model.quality, verdict.prompt_class, verdict.difficulty)
         if estimate is not None:
-            success = Decimal(repr(round(estimate.success, 4)))
+            success = four_decimals(round(estimate.success * 10_000))
         routed = (
             candidate.expected_cost
             if candidate is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -21,6 +22,8 @@ PROBE_SHARE = 0.01
 DEFAULT_OUTPUT_TOKENS = 256
 
 Reason = Literal["named", "cheapest", "best", "probe", "budget_downgrade"]
+
+_UNKNOWN = LiveStatus()
 
 # Where each class lies on the scale of difficulty: the middle of its third.
 _CLASS_CENTRES: tuple[tuple[str, float], ...] = (("simple", 1 / 6), ("medium", 1 / 2), ("complex", 5 / 6))
@@ -111,14 +114,26 @@ def success_of(
         return None
     if difficulty is None:
         return quality[prompt_class]
-    points = [(centre, quality[name]) for name, centre in _CLASS_CENTRES]
-    if difficulty <= points[0][0]:
-        return points[0][1]
-    for (left, low), (right, high) in pairwise(points):
-        if difficulty <= right:
-            share = Decimal(repr(round((difficulty - left) / (right - left), 6)))
-            return low + (high - low) * share
-    return points[-1][1]
+    left, right, share = _between(difficulty)
+    low = quality[left]
+    return low if not share else low + (quality[right] - low) * share
+
+
+@lru_cache(maxsize=10_001)
+def four_decimals(ten_thousandths: int) -> Decimal:
+    """A probability that was learned, exact to four decimals."""
+    return Decimal(ten_thousandths) / 10_000
+
+
+@lru_cache(maxsize=64)
+def _between(difficulty: float) -> tuple[str, str, Decimal]:
+    """The classes whose centres a difficulty lies between, and how far it is from the first to the second."""
+    if difficulty <= _CLASS_CENTRES[0][1]:
+        return "simple", "simple", Decimal(0)
+    for (left, low), (right, high) in pairwise(_CLASS_CENTRES):
+        if difficulty <= high:
+            return left, right, Decimal(repr(round((difficulty - low) / (high - low), 6)))
+    return "complex", "complex", Decimal(0)
 
 
 def decide(
@@ -144,7 +159,7 @@ def decide(
     allowed = [name for name in policy.allow if name in models]
     feasible: list[str] = []
     for name in allowed:
-        why = _hard_constraint(question, policy, models[name], prices.get(name), live.get(name, LiveStatus()))
+        why = _hard_constraint(question, policy, models[name], prices.get(name), live.get(name, _UNKNOWN))
         if why is None:
             feasible.append(name)
         else:
@@ -154,7 +169,7 @@ def decide(
             question,
             models[name],
             prices.get(name),
-            live.get(name, LiveStatus()),
+            live.get(name, _UNKNOWN),
             None if success is None else success.get(name),
         )
         for name in feasible
@@ -329,7 +344,7 @@ def _candidate(
     if estimate is None:
         success = success_of(model.quality, question.prompt_class, question.difficulty)
     else:
-        success = Decimal(repr(round(estimate.success, 4)))
+        success = four_decimals(round(estimate.success * 10_000))
     return Candidate(model.name, cost, success, first, total, estimate)
 
 

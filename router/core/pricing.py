@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from decimal import ROUND_HALF_EVEN, Decimal
+from functools import lru_cache
 
 from router.core.types import (
     BUCKETS,
@@ -26,6 +27,7 @@ TOKENS_PER_UNIT = 1_000_000
 _SMALLEST_PRICE = Decimal("0.000000001")
 
 
+@lru_cache(maxsize=4096)
 def nano(usd: Decimal) -> NanoUSD:
     """An amount in USD as nano-USD. Raises ValueError where it has more than nine decimals."""
     scaled = usd * NANO_PER_USD
