@@ -93,14 +93,15 @@ class PrometheusTelemetry:
         model = record.served_model or "none"
         series = self._sample(record.team, model, record.prompt_class or "none", record.cache, record.status)
         requests, cost, avoided, duration, first_token = series
-        requests.inc()
         if record.cost:
             cost.inc(record.cost)
         if record.baseline is not None and record.cost is not None:
             avoided.inc(record.baseline - record.cost)
-        duration.observe(record.duration_ms / 1000)
-        if record.first_token_ms is not None:
-            first_token.observe(record.first_token_ms / 1000)
+        if not record.endpoint.startswith("learn."):  # nobody asked for those: they only cost
+            requests.inc()
+            duration.observe(record.duration_ms / 1000)
+            if record.first_token_ms is not None:
+                first_token.observe(record.first_token_ms / 1000)
         for attempt in record.attempts:
             self._call(attempt.provider, attempt.outcome).inc()
             for bucket, quantity in attempt.usage.buckets():

@@ -7,8 +7,10 @@ cost, and that of a verifier, is overhead.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from router.core.errors import RequestError, UpstreamError
 from router.core.ports import Clock
@@ -22,7 +24,9 @@ from router.stages.signals import signals_of
 
 HOLD = 1024 * 1024
 """Bytes that are held back of an answer. A longer one passes on unverified: it is no refusal."""
+PARSED_AT_ONCE = 32 * 1024
 VERIFY_SECONDS = 20.0
+"""At most, for a verifier's verdict; without one in time the answer is sent."""
 APPROVED = 0.5
 SIGNALS = "signals"
 
@@ -128,7 +132,7 @@ class Cascade:
 
     async def _doubt(self, exchange: Exchange, body: bytes, verify: str) -> str | None:
         """What is wrong with the answer; None: nothing is known to be."""
-        answer = parsed_answer(body, exchange.request.stream)
+        answer = await parsed(body, exchange.request.stream)
         if answer is None:
             return None
         for signal in signals_of(exchange.request, answer):
@@ -140,7 +144,7 @@ class Cascade:
         approval = await self._asked(exchange, verify, answer)
         return "verification" if approval is not None and approval < APPROVED else None
 
-    async def _asked(self, exchange: Exchange, name: str, answer: dict[str, object]) -> float | None:
+    async def _asked(self, exchange: Exchange, name: str, answer: dict[str, Any]) -> float | None:
         """What the verifier model makes of it, 0..1; None where it cannot be afforded, or gives no clear answer."""
         request = verifier_request(exchange.request, answer, exchange.snapshot.models[name], exchange.id)
         within = min(VERIFY_SECONDS, self._left(exchange))
@@ -191,6 +195,13 @@ class Cascade:
         provider = exchange.snapshot.models[exchange.plan.models[0]].provider
         total = exchange.snapshot.providers[provider].timeouts.total
         return total - (self._clock.monotonic() - exchange.started)
+
+
+async def parsed(body: bytes, stream: bool) -> dict[str, Any] | None:
+    """`parsed_answer`, off the event loop where it takes milliseconds."""
+    if len(body) > PARSED_AT_ONCE:
+        return await asyncio.to_thread(parsed_answer, body, stream)
+    return parsed_answer(body, stream)
 
 
 def stronger(exchange: Exchange, model: str) -> str | None:

@@ -23,6 +23,8 @@ MAX_CONVERSATION = 24_000
 MAX_ANSWER = 16_000
 MAX_VERDICT = 8_000
 """Characters that are shown to a judge, or read of what it says; of what is longer the middle is left out."""
+MAX_ALIKE = 4_000
+"""Characters of two long texts that are compared with each other."""
 VERDICT_TOKENS = 1024
 """Room for a model that thinks before it answers."""
 SHORT_WORDS = 12
@@ -228,10 +230,12 @@ def agreement(
         or not (texts[0].strip() and texts[1].strip())
     ):
         return None
+    if texts[0] == texts[1]:
+        return 1.0, 1.0
     values = _json(texts[0]), _json(texts[1])
     if values[1] is not None:
         return (1.0, 1.0) if values[0] == values[1] else (0.0, 0.5)
-    left, right = _normalised(texts[0]), _normalised(texts[1])
+    left, right = (_normalised(_cut(text, MAX_ANSWER)) for text in (texts[0], texts[1]))
     if left == right:
         return 1.0, 1.0
     if len(right.split()) <= SHORT_WORDS and len(left.split()) <= SHORT_WORDS:
@@ -241,7 +245,7 @@ def agreement(
         if f" {right} " in f" {left} " or f" {left} " in f" {right} ":
             return 1.0, 0.75
         return 0.0, 0.25
-    cosine = likeness(texts[0], texts[1])
+    cosine = likeness(_cut(texts[0], MAX_ALIKE), _cut(texts[1], MAX_ALIKE))
     return min(1.0, max(0.0, (cosine - 0.3) / 0.6)), 0.1
 
 

@@ -23,7 +23,7 @@ from router.core.policy import BudgetLimit, LearnPolicy
 from router.core.ports import Clock, Identifiers
 from router.core.pricing import price_usage, total
 from router.core.types import ChatRequest
-from router.stages.cascade import HeldAnswer
+from router.stages.cascade import HeldAnswer, parsed
 from router.stages.dispatch import Dispatch
 from router.stages.exchange import Exchange, serving
 from router.stages.judge import (
@@ -31,7 +31,6 @@ from router.stages.judge import (
     Answer,
     agreement,
     judge_request,
-    parsed_answer,
     read_verdict,
     readable,
     unstreamed,
@@ -122,7 +121,7 @@ class Shadows:
     async def _compare(
         self, exchange: Exchange, learn: LearnPolicy, other: str, propensity: float, body: bytes
     ) -> None:
-        answer, served = parsed_answer(body, exchange.request.stream), serving(exchange.attempts)
+        answer, served = await parsed(body, exchange.request.stream), serving(exchange.attempts)
         if answer is None or served is None or exchange.plan is None:
             return
         propensity *= exchange.plan.propensity
@@ -241,7 +240,7 @@ class Shadows:
             self._settle.open(exchange)
             await self._dispatch.attempt(exchange, heard, model, 0)
             exchange.http_status = 200
-            answer = parsed_answer(heard.body, False)
+            answer = await parsed(heard.body, False)
             if answer is not None:
                 read(answer)
         except UpstreamError as error:

@@ -33,7 +33,8 @@ def learn(share: str = "100%", budget: str = "budget: { month: 100 }", judge: st
 
 
 def rig(keys: str | None = None, judge: str = "", cascade: str = "", **options: Any) -> RoutedRig:
-    text = policy(cascade, learn(judge=judge) if keys is None else keys, **options)
+    options.setdefault("more", learn(judge=judge) if keys is None else keys)
+    text = policy(cascade, **options)
     return RoutedRig(text, encoder=_encoder())
 
 
@@ -263,6 +264,16 @@ async def test_the_teams_budget_does_not_pay() -> None:
     await shadowed(made, team="capped")
     (row,) = rows(made, "learn.shadow")
     assert {window.key for window in row.budgets} == {"learn"}
+
+
+async def test_the_organisations_limit_bounds_learning_too() -> None:
+    made = rig(more="organisation: { budget: { month: 0.03, hard_cap: 5 } }\n" + learn())
+    await shadowed(made)
+    assert made.models_called() == ["cheap"], "the worst case of 0.0416 USD does not fit"
+    made = rig(more="organisation: { budget: { month: 5 } }\n" + learn())
+    await shadowed(made)
+    (row,) = rows(made, "learn.shadow")
+    assert {window.key for window in row.budgets} == {"learn", "organisation"}
 
 
 # ---- agreement ----
