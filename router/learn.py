@@ -313,6 +313,8 @@ def card_text(card: Mapping[str, Any]) -> str:
         if (routing := card["routing"]) is not None:
             lines.append(f"Cost     USD per 1,000 requests at the same success ({routing['success']:.3f}):")
             for name, cost in routing["usd_per_1000_at_this_success"].items():
+                if name == "version_before" and "newer_than_active" not in card:
+                    continue
                 shown = "not reached" if cost is None else f"{cost:.4f}"
                 lines.append(f"         {name.replace('_', ' '):15} {shown}")
     if card["refused"]:

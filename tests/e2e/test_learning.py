@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 import sqlalchemy as sa
 
-from router.adapters.sql.schema import labels, request_features
+from classifiers import prompt_features
+from router.adapters.sql.ledger import Ledger
+from router.adapters.sql.schema import artefacts, labels, request_features
+from tests.contracts.ledger_records import labelled, new_id, settled
+from tests.contracts.own_traffic_parts import encoder, prompt_text, read
 from tests.e2e.conftest import StartGateway
 from tests.e2e.gateway import Gateway, until
 from tests.e2e.setting import policy
@@ -70,3 +77,42 @@ def test_a_cut_off_answer_labels_itself(learning: Gateway, unique: Callable[[str
     assert {(row["source"], row["model"], row["score"]) for row in rows(learning, labels)} == {
         ("truncated", "small", 0.0)
     }
+
+
+def test_what_is_learned_is_used_within_five_seconds(learning: Gateway, unique: Callable[[str], str]) -> None:
+    key = learning.key("search")
+
+    def served(number: int) -> str:
+        return learning.chat(key, prompt_text("greet", number)).headers["x-farthing-model"]
+
+    assert served(9000) == "middle"  # by its prior
+    records = []
+    for number in range(240):
+        model = ("middle", "frontier")[number // 2 % 2]
+        record = settled(
+            new_id(),
+            served_model=model,
+            prompt_class="medium",
+            features=prompt_features.pack(read("greet", number)),
+            features_encoder=encoder().id,
+        )
+        good = 0.0 if model == "middle" and number % 9 else 1.0
+        records.append(replace(record, labels=(labelled(record, "feedback", score=good, weight=1.0),)))
+    Ledger(learning.engine).write(records, fresh=True)
+    assert served(9001) == "middle"
+    done = learning.cli("learn")
+    assert done.returncode == 0, done.stdout + done.stderr
+    learned = time.monotonic()
+    numbers = iter(range(9002, 9999))
+    until(lambda: served(next(numbers)) == "frontier", "the learned heads are in use", 8)
+    assert time.monotonic() - learned < 5
+    decision = learning.chat(key, prompt_text("greet", 99)).headers["x-farthing-decision"]
+    assert "learned success" in decision
+
+    # A damaged one is refused, and the one in use stays.
+    with learning.engine.begin() as connection:
+        connection.execute(sa.update(artefacts).values(sha256="0" * 64))
+    until(lambda: re.search("artefact is refused.*hash", learning.log_path.read_text()), "it is refused", 8)
+    assert served(next(numbers)) == "frontier"
+    assert learning.cli("learn", "--rollback", "priors").returncode == 0
+    until(lambda: served(next(numbers)) == "middle", "the priors decide again", 8)
