@@ -54,7 +54,6 @@ from router.stages.shadow import Shadows
 
 log = logging.getLogger("farthing")
 
-DRAIN_SECONDS = 30.0
 BUDGET_WATCH_SECONDS = 10.0
 
 
@@ -121,6 +120,7 @@ class Gateway:
         self._shadows = Shadows(
             dispatch, reserve, settle, self._classifier.static, self._clock, identifiers, draw
         )
+        self._decide = Decide(self._health, self._clock, lambda: self._artefacts.current)
         pipeline = Pipeline(
             configuration=lambda: self.watch.current,
             admission=self._admission,
@@ -129,7 +129,7 @@ class Gateway:
             classify=Classify(self._classifier, self._executor),
             learn=Learn(self._classifier.static, self._clock),
             semantic=ShadowSemanticCache(self._classifier.static, settings.secret, self._telemetry),
-            decide=Decide(self._health, self._clock, lambda: self._artefacts.current),
+            decide=self._decide,
             reserve=reserve,
             cascade=Cascade(dispatch, reserve, self._clock),
             settle=settle,
@@ -348,6 +348,9 @@ class Gateway:
             yield "farthing_budget_spent_ratio", {"budget": budget}, share
         for provider, model in self._health.open_breakers(self._clock.monotonic()):
             yield "farthing_breaker_open", {"provider": provider, "model": model}, 1.0
+        for prompt_class, model, missing in self._decide.floor.missing():
+            labels = {"prompt_class": prompt_class, "model": model}
+            yield "farthing_floor_labels_missing", labels, float(missing)
 
 
 class _LazyLitellm:

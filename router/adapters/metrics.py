@@ -82,6 +82,12 @@ class PrometheusTelemetry:
                 ("farthing_journal_unsettled", "Requests in the journal and not yet in SQL", (), "sum"),
                 ("farthing_sql_up", "1 while SQL answers", (), "min"),
                 ("farthing_redis_up", "1 while Redis answers", (), "min"),
+                (
+                    "farthing_floor_labels_missing",
+                    "Clean labels a cheaper model lacks before it may answer a class that asks for confidence",
+                    ("prompt_class", "model"),
+                    "max",
+                ),
             )
         }
         # Finding a series by its labels costs more than counting in it.
@@ -116,6 +122,7 @@ class PrometheusTelemetry:
     def render(self) -> bytes:
         """Prometheus text format 0.0.4."""
         self._readings["farthing_breaker_open"].clear()
+        self._readings["farthing_floor_labels_missing"].clear()
         for name, labels, value in self.gauges():
             gauge = self._readings[name]
             (gauge.labels(**labels) if labels else gauge).set(value)
