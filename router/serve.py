@@ -55,12 +55,16 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> int:
         )
     data = listen(settings.host, settings.port)
     admin = listen(settings.host, settings.admin_port) if settings.admin_port is not None else None
-    announce(f"Farthing serves http://{settings.host}:{data.getsockname()[1]}/v1")
-    if admin is not None:
-        announce(f"Admin plane: http://{settings.host}:{admin.getsockname()[1]}/admin")
+
+    def started() -> None:
+        announce(f"Farthing serves http://{settings.host}:{data.getsockname()[1]}/v1")
+        if admin is not None:
+            announce(f"Admin plane: http://{settings.host}:{admin.getsockname()[1]}/admin")
+
     if settings.workers == 1:
-        _run(run_worker(settings, data, admin))
+        _run(run_worker(settings, data, admin, started=started))
         return 0
+    started()  # the sockets listen; the workers answer as they come up
     return _Supervisor(settings, data, admin).run()
 
 
@@ -143,16 +147,19 @@ async def run_worker(
     admin: socket.socket | None,
     worker: str = "worker",
     parent: int | None = None,
+    started: Callable[[], None] = lambda: None,
 ) -> None:
     """One gateway on these sockets, until SIGTERM or SIGINT; SIGHUP reloads the configuration.
 
-    `parent` is the reading end of a pipe that the supervisor holds open: its end is the supervisor's.
+    `started` is called once it can answer. `parent` is the reading end of a pipe that the supervisor holds open: its
+    end is the supervisor's.
     """
     from router.app import Gateway
 
     gateway = Gateway(settings, worker)
     await gateway.start()
     _settle_down()
+    started()
     servers = [_server(gateway.data_plane)]
     sockets = [data]
     if admin is not None:

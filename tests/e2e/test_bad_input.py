@@ -86,6 +86,7 @@ def test_missing_files_name_the_command_that_makes_them(tmp_path: Path) -> None:
     )
     assert ended.returncode == 2
     assert "farthing init" in ended.stderr
+    assert ended.stdout == "", "nothing says that it serves"
 
 
 def with_key(url: str, more: str = "") -> str:
