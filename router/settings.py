@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 from router.core.errors import ConfigurationError
 
 MIN_SECRET = 16
-KEY_GRACE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,6 +220,3 @@ class Catalogue:
         return CatalogueModel(
             provider, name, tuple(prices), entry.get("context"), entry.get("long_context_above")
         )
-
-
-NO_CATALOGUE = Catalogue({}, {})

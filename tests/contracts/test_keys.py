@@ -17,11 +17,11 @@ from router.adapters.sql.keys import (
     SqlKeyDirectory,
     adopt_key,
     create_key,
-    hash_key,
     list_keys,
     revoke_key,
 )
 from router.core.errors import ConfigurationError, UnavailableError
+from router.stages.admit import key_hash
 
 pytest_plugins = ["tests.contracts.sql_databases"]
 
@@ -54,7 +54,7 @@ async def test_a_new_key_works_at_once_and_a_revoked_one_stops(
     engine: Engine, directory: SqlKeyDirectory
 ) -> None:
     key, entry = create_key(engine, SECRET, "search", "faq-bot", {"data": ("pii",)})
-    hashed = hash_key(SECRET, key)
+    hashed = key_hash(SECRET, key)
     assert key.startswith("fk-")
     assert len(key) == 46
     assert directory.find(hashed) is None
@@ -70,7 +70,7 @@ async def test_a_new_key_works_at_once_and_a_revoked_one_stops(
 
 async def test_every_directory_learns_keys_by_itself(engine: Engine, directory: SqlKeyDirectory) -> None:
     key, _ = create_key(engine, SECRET, "search")
-    await until(lambda: directory.find(hash_key(SECRET, key)) is not None)
+    await until(lambda: directory.find(key_hash(SECRET, key)) is not None)
 
 
 def test_a_key_is_stored_only_as_a_keyed_hash(engine: Engine) -> None:
@@ -80,13 +80,13 @@ def test_a_key_is_stored_only_as_a_keyed_hash(engine: Engine) -> None:
         stored = str(connection.execute(sa.select(schema.api_keys)).all())
     assert key not in stored
     assert "always" not in stored
-    assert hash_key(SECRET, key) in stored
-    assert hash_key(b"another secret", key) not in stored
+    assert key_hash(SECRET, key) in stored
+    assert key_hash(b"another secret", key) not in stored
 
 
 async def test_an_adopted_key_is_found(engine: Engine, directory: SqlKeyDirectory) -> None:
     entry = adopt_key(engine, SECRET, " sk-the-key-it-always-used\n", "search", "faq-bot")
-    caller = await directory.find_new(hash_key(SECRET, "sk-the-key-it-always-used"))
+    caller = await directory.find_new(key_hash(SECRET, "sk-the-key-it-always-used"))
     assert caller is not None
     assert caller.key_id == entry.id
     assert entry.adopted
@@ -132,7 +132,7 @@ async def test_a_flood_of_unknown_keys_does_not_reach_sql(engine: Engine) -> Non
     unknown = unchecked = 0
     for number in range(2000):
         try:
-            assert await directory.find_new(hash_key(SECRET, f"made-up-{number}")) is None
+            assert await directory.find_new(key_hash(SECRET, f"made-up-{number}")) is None
             unknown += 1
         except UnavailableError:
             unchecked += 1
@@ -147,7 +147,7 @@ async def test_a_burst_with_one_new_key_asks_once(engine: Engine) -> None:
     directory = SqlKeyDirectory(engine, refresh=60, lookups_per_second=5)
     directory.start()
     key, entry = create_key(engine, SECRET, "search")
-    hashed = hash_key(SECRET, key)
+    hashed = key_hash(SECRET, key)
     found = await asyncio.gather(*(directory.find_new(hashed) for _ in range(200)))
     assert {caller.key_id for caller in found if caller is not None} == {entry.id}
     assert None not in found
@@ -157,7 +157,7 @@ async def test_a_burst_with_one_new_key_asks_once(engine: Engine) -> None:
 async def test_a_miss_is_asked_once_a_second(engine: Engine) -> None:
     directory = SqlKeyDirectory(engine, refresh=60)
     directory.start()
-    hashed = hash_key(SECRET, "sk-not-adopted-yet-at-all")
+    hashed = key_hash(SECRET, "sk-not-adopted-yet-at-all")
     assert await directory.find_new(hashed) is None
     adopt_key(engine, SECRET, "sk-not-adopted-yet-at-all", "search")
     assert await directory.find_new(hashed) is None
@@ -169,7 +169,7 @@ async def test_a_miss_is_asked_once_a_second(engine: Engine) -> None:
 async def test_known_keys_outlive_sql_for_the_grace(tmp_path: Path, sqlite_url: str) -> None:
     engine = open_engine(sqlite_url)
     key, _ = create_key(engine, SECRET, "search")
-    hashed = hash_key(SECRET, key)
+    hashed = key_hash(SECRET, key)
     directory = SqlKeyDirectory(engine, refresh=0.02, grace=0.5)
     directory.start()
     engine.dispose()
@@ -177,7 +177,7 @@ async def test_known_keys_outlive_sql_for_the_grace(tmp_path: Path, sqlite_url: 
     await until(lambda: not directory.sql_up)
     assert directory.find(hashed) is not None
     with pytest.raises(UnavailableError, match="ledger database did not answer"):
-        await directory.find_new(hash_key(SECRET, "another"))
+        await directory.find_new(key_hash(SECRET, "another"))
     await asyncio.sleep(0.55)
     with pytest.raises(UnavailableError, match="cannot be checked"):
         directory.find(hashed)

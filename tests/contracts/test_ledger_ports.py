@@ -11,12 +11,13 @@ from sqlalchemy.engine import Engine
 from router.adapters.journal import JournalFile, JournalReader, decode_attempt, decode_open, decode_settle
 from router.adapters.memory import MemoryJournal, MemoryKeyDirectory, MemorySpendSource
 from router.adapters.sql.database import open_engine
-from router.adapters.sql.keys import SqlKeyDirectory, create_key, hash_key
+from router.adapters.sql.keys import SqlKeyDirectory, create_key
 from router.adapters.sql.ledger import Ledger
 from router.adapters.sql.spend import SqlSpendSource
 from router.core.errors import UnavailableError
 from router.core.ports import Journal, KeyDirectory, SpendSource
 from router.core.types import BudgetWindow, Caller
+from router.stages.admit import key_hash
 from tests.contracts.ledger_records import attempted, new_id, opened, settled
 
 pytest_plugins = ["tests.contracts.sql_databases"]
@@ -59,7 +60,7 @@ async def check_directory(directory: KeyDirectory, known: str, late: str) -> Non
     assert found is not None
     assert found.team == "late"
     assert directory.find(late) == found
-    unknown = hash_key(b"secret", "unknown")
+    unknown = key_hash(b"secret", "unknown")
     assert directory.find(unknown) is None
     assert await directory.find_new(unknown) is None
 
@@ -74,7 +75,7 @@ async def test_the_key_directory_over_sql(engine: Engine) -> None:
     directory = SqlKeyDirectory(engine, refresh=60)
     directory.start()
     late, _ = create_key(engine, b"secret", "late")
-    await check_directory(directory, hash_key(b"secret", known), hash_key(b"secret", late))
+    await check_directory(directory, key_hash(b"secret", known), key_hash(b"secret", late))
     directory.stop()
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import re
 import secrets
@@ -26,6 +24,7 @@ from router.adapters.sql.ledger import mapping_json
 from router.adapters.sql.schema import api_keys
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.types import Caller
+from router.stages.admit import key_hash
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +51,6 @@ class KeyEntry:
     adopted: bool
     created_at: datetime
     revoked_at: datetime | None
-
-
-def hash_key(secret: bytes, key: str) -> str:
-    """HMAC-SHA256 of a key under the installation's secret, as hex: what is stored and looked up."""
-    return hmac.new(secret, key.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
 
 def create_key(
@@ -154,7 +148,7 @@ def _store(
             connection.execute(
                 sa.insert(api_keys).values(
                     id=entry.id,
-                    key_hash=hash_key(secret, key),
+                    key_hash=key_hash(secret, key),
                     team=team,
                     app=app,
                     tags=mapping_json(tags),
