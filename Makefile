@@ -17,7 +17,7 @@ DEV := $(VENV)/.farthing-dev
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" $(LOCK_ARGS)
 
-.PHONY: help demo demo-local test check bench test-encoders format lock clean
+.PHONY: help demo demo-local test check bench bench-cache test-encoders format lock clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -48,6 +48,10 @@ format: $(DEV) ## Format the code and fix what lint can fix
 
 bench: $(DEV) ## Measure speed and size side by side with a direct call and nginx
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+DATA ?= ../shared/data/near_miss
+bench-cache: $(DEV) ## Measure the semantic cache's decisions on near misses beside a plain cosine (DATA=folder)
+	@$(BIN)/python -m benchmarks.cache --data $(DATA) $(ARGS)
 
 lock: $(VENV)/.farthing-build ## Resolve the dependencies anew and write the hashed locks (LOCK_ARGS=--upgrade for newer versions)
 	@$(COMPILE) --group build -o requirements-build.lock

@@ -1,6 +1,6 @@
 """Measures the semantic cache's hit decision on near misses, conversations and streams with known answers.
 
-    python -m benchmarks.cache --data ../shared/data/near_miss [--repeats 20] [--splits 200] [--out results/cache.json]
+    python -m benchmarks.cache --data ../shared/data/near_miss [--repeats 20] [--splits 200] [--out FILE]
 
 Printed side by side: the plain cosine threshold, the guard on top of it, the verifier by the protocol of
 `classifiers/pairs/evaluate.py`, the verifier and thresholds as they ship, conversations, the time of a decision, and

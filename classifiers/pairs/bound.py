@@ -2,9 +2,9 @@
 
 Pure functions over labelled candidates. Three uses:
 
-- `threshold_for` (mode `enforce`): a fixed set of labels, looked at once. Thresholds are tested from the strictest
-  to the loosest with the exact binomial bound of Clopper and Pearson (1934); the first failure ends it (fixed-sequence
-  testing, as in Angelopoulos et al. 2021, "Learn then Test").
+- `threshold_for` (mode `enforce`): a fixed set of labels, looked at once. Thresholds are tested from the
+  strictest to the loosest with the exact binomial bound of Clopper and Pearson (1934); the first failure ends it
+  (fixed-sequence testing, as in Angelopoulos et al. 2021, "Learn then Test").
 - `certify` (mode `certified`): labels that come one by one and are looked at after each. Every threshold carries a
   betting capital (Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting"; for
   plain labels it is Robbins' 1970 mixture of likelihood ratios). Were the error above the bound, the capital would
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 CONFIDENCE = 0.95
 # Scores at which a candidate may be served, strictest first. Fixed, so that choosing among them costs no confidence.
 THRESHOLDS = (0.998, 0.996, 0.993, 0.99, 0.985, 0.98, 0.97, 0.96, 0.94, 0.92, 0.89, 0.85, 0.8, 0.7, 0.6, 0.5)
+FINE = tuple(round(0.995 - 0.005 * i, 3) for i in range(100))
 # The first threshold looked at must hold this many times the labels that would do if all were right.
 SLACK = 1.6
 # Error rates bet on, as shares of the bound.
@@ -139,16 +140,21 @@ def threshold_for(
     labels: Sequence[Labelled],
     *,
     max_error: float,
+    trap_share: float | None = None,
     confidence: float = CONFIDENCE,
-    thresholds: Sequence[float] = THRESHOLDS,
+    thresholds: Sequence[float] = FINE,
 ) -> Chosen | None:
     """Return the loosest threshold whose error is shown to be at most `max_error`, or None.
 
-    For one look at labels that were all checked (propensity 1; raises ValueError otherwise).
+    For one look at labels that were all checked (propensity 1; raises ValueError otherwise). The labels count as
+    they come; with `trap_share` they count as though that share of all candidates had a wrong answer stored, the
+    bound then being on the share of those that is served.
     """
     _checked(max_error, confidence)
     if any(x.propensity != 1.0 for x in labels):
         raise ValueError("threshold_for takes labels with propensity 1; sampled labels go to certify")
+    rights = sum(x.right for x in labels)
+    traps = len(labels) - rights
     needed = SLACK * math.log(1.0 - confidence) / math.log1p(-max_error)
     best: Chosen | None = None
     for threshold in sorted(thresholds, reverse=True):
@@ -156,8 +162,14 @@ def threshold_for(
         if best is None and len(above) < needed:
             # The start is set by how many labels there are, not by what they say: no look is spent here.
             continue
-        wrong = len(above) - sum(above)
-        upper = clopper_pearson_upper(wrong, len(above), confidence=confidence)
+        right = sum(above)
+        wrong = len(above) - right
+        if trap_share is None or not rights or not traps:
+            upper = clopper_pearson_upper(wrong, len(above), confidence=confidence)
+        else:
+            served_traps = trap_share * clopper_pearson_upper(wrong, traps, confidence=confidence)
+            served_rights = (1.0 - trap_share) * right / rights
+            upper = served_traps / (served_traps + served_rights)
         if upper > max_error:
             break
         best = Chosen(threshold, len(above), wrong, upper)
@@ -221,7 +233,11 @@ def certify(
     missing = [
         n
         for t, goal in pending
-        if (n := _missing(wrong[scores >= t], max_error, prior and prior.rates.get(t), goal - capital(t)[1]))
+        if (
+            n := _missing(
+                wrong[scores >= t], max_error, prior.rates.get(t) if prior else None, goal - capital(t)[1]
+            )
+        )
         is not None
     ]
     return Certificate(certified, int(above.sum()), int(wrong[above].sum()), min(missing, default=None))
@@ -273,8 +289,9 @@ def _log_capital(
     """Return the log-capital after each label, betting that the error is below `max_error`.
 
     A bet on rate q multiplies the capital by 1 - r l (x - max_error) with l = (max_error - q) / (max_error (1 -
-    max_error)), x = 1 for a wrong answer and r the label's weight over the largest possible weight. For r = 1 this is
-    the likelihood ratio of q against max_error. Its expectation is at most 1 whenever the error is at least max_error.
+    max_error)), x = 1 for a wrong answer and r the label's weight over the largest possible weight. For r = 1
+    this is the likelihood ratio of q against max_error. Its expectation is at most 1 whenever the error is at
+    least max_error.
     """
     if not wrong.size:
         return np.empty(0)

@@ -262,7 +262,7 @@ def sprinkle(text: str, rng: random.Random, chance: float) -> str:
                 x, y = rng.choice(usable)
                 text = text.replace(x, y) if x in text else text.replace(y, x)
         else:
-            words = [m for m in re.finditer(r"[a-z]{5,}", text)]
+            words = list(re.finditer(r"[a-z]{5,}", text))
             if words:
                 word = rng.choice(words)
                 at = word.start() + rng.randrange(1, len(word[0]) - 2)

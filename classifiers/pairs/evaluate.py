@@ -62,8 +62,8 @@ def auc(scores: Scores, same: Flags) -> float:
 def calibrated_threshold(traps: Scores, wrong: float) -> float:
     """Return the threshold above which a new trap falls with probability at most `wrong`.
 
-    Split-conformal (Vovk et al. 2005): of n calibration traps at most floor(wrong (n + 1)) - 1 may lie at or above it;
-    infinite where even none is too many.
+    Split-conformal (Vovk et al. 2005): of n calibration traps at most floor(wrong (n + 1)) - 1 may lie at or above
+    it; infinite where even none is too many.
     """
     allowed = math.floor(wrong * (len(traps) + 1) + 1e-9) - 1
     if allowed < 0:
@@ -94,9 +94,9 @@ def folds(same: Flags, seed: int, count: int = FOLDS) -> NDArray[np.intp]:
 
 
 def protocol(same: Flags, fit: Fit, wrongs: Sequence[float], *, repeats: int = REPEATS) -> Pooled:
-    """Run the protocol. `fit(rows)` trains with the evaluated pairs `rows` and returns a function that scores rows."""
+    """Run the protocol. `fit(rows)` trains with those of the evaluated pairs and returns a function scoring rows."""
     good = {wrong: np.zeros(repeats) for wrong in wrongs}
-    bad = {wrong: 0 for wrong in wrongs}
+    bad = dict.fromkeys(wrongs, 0)
     areas = []
     for repeat in range(repeats):
         fold = folds(same, repeat)

@@ -23,36 +23,20 @@ Vector = NDArray[np.float32]
 MAX_WORDS = 64
 # Relations are looked up among this many words that only one of the two has.
 MAX_RELATED = 12
-FUNCTION = frozenset(
-    "a an the this that these those i me my mine we us our you your he him his she her it its they them their is are was "
-    "were be been being am do does did doing have has had having can could may might will would shall should must of to in "
-    "on at by for with from as into about than then so such if or and but what which who whom whose when where why how "
-    "there here not no nor too very just also any some s t d ll m o re ve y up out off over under again further once "
-    "all both each few more most other own same please get got want like need know tell give let way ok okay possible "
-    "allowed able one thing things % - / . ,".split()
-)
-ASKS = (
-    "what",
-    "which",
-    "who",
-    "when",
-    "where",
-    "why",
-    "how",
-    "amount",
-    "many",
-    "duration",
-    "measure",
-    "yesno",
-    "do",
+FUNCTION = guard.word_set(
+    "a an the this that these those i me my mine we us our you your he him his she her it its they them their "
+    "is are was were be been being am do does did doing have has had having can could may might will would "
+    "shall should must of to in on at by for with from as into about than then so such if or and but what "
+    "which who whom whose when where why how there here not no nor too very just also any some s t d ll m o "
+    "re ve y up out off over under again further once all both each few more most other own same please get "
+    "got want like need know tell give let way ok okay possible allowed able one thing things % - / . ,"
 )
 PLACES = ("who", "when", "where", "why", "amount", "many", "duration", "measure")
 RELATIONS = (SYNONYM, DERIVED, SIMILAR, BROADER, SISTER, ANTONYM)
-PREPOSITIONS = frozenset(
+PREPOSITIONS = guard.word_set(
     "of to in on at by for with from into about over under before after during within between through against "
-    "without until since across behind beyond near".split()
+    "without until since across behind beyond near"
 )
-COURTEOUS = frozenset("i you me can could would please how do what is the".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +71,8 @@ def names() -> tuple[str, ...]:
         *(f"asks_{name}_one" for name in PLACES),
         "poles_alone_min", "poles_alone_max", "negative_alone_min", "negative_alone_max", "negative_shared",
         "inverted", "route_turned", "route_same", "little_changed",
-        "owners_alone", "prepositions_alone", "function_alone", "typo", "unknown_alone", "last_word_same", "head_cosine",
+        "owners_alone", "prepositions_alone", "function_alone", "typo", "unknown_alone", "last_word_same",
+        "head_cosine",
     )  # fmt: skip
 
 
@@ -100,7 +85,8 @@ class PairFeatures:
         self._vector = lru_cache(maxsize=8192)(self._encode)
 
     def _encode(self, word: str) -> Vector:
-        return self._static.encode([word])[0]
+        vector: Vector = self._static.encode([word])[0]
+        return vector
 
     def read(self, text: str) -> ReadPrompt:
         """Read a prompt: bounded work, any text."""
@@ -117,12 +103,12 @@ class PairFeatures:
             content=content,
             vectors=np.stack([self._vector(word) for word in content]),
             rarities=tuple(rarity(word) for word in content),
-            static=self._static.encode([text])[0],
+            static=self._static.encode([text[: guard.MAX_CHARACTERS]])[0],
             grams=frozenset(joined[i : i + 3] for i in range(max(len(joined) - 2, 1))),
         )
 
     def compare(self, a: ReadPrompt, b: ReadPrompt, cosine: float) -> NDArray[np.float32]:
-        """Return the features, shape (len(names()),). `cosine`: of the two prompts' vectors by the cache's encoder."""
+        """Return the features, shape (len(names()),). `cosine`: of the prompts' vectors by the cache's encoder."""
         x, y = a.reading, b.reading
         lexicon = self._lexicon
         out: list[float] = [cosine, float(a.static @ b.static)]

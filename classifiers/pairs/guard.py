@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 # A prompt is read up to here; of a longer one the rest is compared by its hash alone (`Reading.rest`).
-MAX_CHARACTERS = 4000
+MAX_CHARACTERS = 2000
 
 REASONS = (
     "number",
@@ -32,18 +32,28 @@ TOKEN = re.compile(
     r"\d{1,2}:\d{2}(?::\d{2})?|\d{4}-\d{2}-\d{2}|\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)?|[%$€£¥°#+*/=<>^@&|~\\-]"
 )
 
-COURTESY = frozenset(
-    "hi hello hey please thanks thank thx cheers sorry kindly pls good morning afternoon evening dear greetings".split()
+
+def word_set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+COURTESY = word_set(
+    "hi hello hey please thanks thank thx cheers sorry kindly pls good morning afternoon evening dear "
+    "greetings"
 )
+# Applied to the first and last characters of a prompt alone, so that no text makes them slow.
 OPENINGS = re.compile(
-    r"^(?:\s*(?:hi|hello|hey|dear|good (?:morning|afternoon|evening)|sorry to bother you|quick question|please tell me|"
-    r"excuse me|i have a question|just wondering|question)(?: there| all| team| guys)?\s*[,!.:;-]+\s*)+",
+    r"^(?:\s*(?:hi|hello|hey|dear|good (?:morning|afternoon|evening)|sorry to bother you|quick question|"
+    r"please tell me|excuse me|i have a question|just wondering|question)(?: there| all| team| guys)?"
+    r"\s*[,!.:;-]+\s*)+",
     re.IGNORECASE,
 )
 CLOSINGS = re.compile(
-    r"[\s,.!?-]*(?:many thanks|thanks(?: a lot| so much| in advance)?|thank you(?: very much| so much)?|cheers|thx|please|pls)[\s.!]*$",
+    r"[\s,.!?-]*(?:many thanks|thanks(?: a lot| so much| in advance)?|thank you(?: very much| so much)?|"
+    r"cheers|thx|please|pls)[\s.!]*$",
     re.IGNORECASE,
 )
+ENDS = 100
 CONTRACTED = {
     "n't": " not",
     "'re": " are",
@@ -52,15 +62,22 @@ CONTRACTED = {
     "'m": " am",
     "'d": " would",
 }
-IS_AFTER = frozenset("what who where how when why that there it he she here which let".split())
+IS_AFTER = word_set("what who where how when why that there it he she here which let")
 
-NUMBER_WORDS = {
-    word: value
-    for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split()
-    )
-} | {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
+NUMBER_WORDS: dict[str, int] = {}
+_numbers = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty"""
+for _place, _word in enumerate(_numbers.split()):
+    NUMBER_WORDS[_word] = _place
+NUMBER_WORDS |= {
+    "thirty": 30,
+    "forty": 40,
+    "fifty": 50,
+    "sixty": 60,
+    "seventy": 70,
+    "eighty": 80,
+    "ninety": 90,
+}
 SCALES = {
     "hundred": 100,
     "thousand": 1000,
@@ -69,12 +86,6 @@ SCALES = {
     "dozen": 12,
     "k": 1000,
     "m": 10**6,
-}
-ORDINALS = {
-    word: value
-    for value, word in enumerate(
-        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split(), start=1
-    )
 }
 # Unit -> (kind, factor to the kind's smallest unit). Kinds are compared, so "two weeks" is "14 days".
 UNITS: dict[str, tuple[str, float]] = {}
@@ -113,17 +124,13 @@ for _kind, _entries in {
         for _name in _names:
             UNITS[_name] = (_kind, _factor)
         _names = []
-# Units that may stand without a number and still say what is asked for.
-ASKED_UNITS = {name: kind for name, (kind, _) in UNITS.items() if len(name) > 2}
-
-WEEKDAYS = {}
-for _day in "monday tuesday wednesday thursday friday saturday sunday".split():
+WEEKDAYS: dict[str, str] = {}
+for _day in ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"):
     WEEKDAYS |= {_day: _day, _day + "s": _day}
 WEEKDAYS |= {"mon": "monday", "tue": "tuesday", "wed": "wednesday", "thu": "thursday", "fri": "friday"}
-MONTHS = {}
-for _place, _month in enumerate(
-    "january february march april may june july august september october november december".split(), start=1
-):
+MONTHS: dict[str, int] = {}
+_months = "january february march april may june july august september october november december"
+for _place, _month in enumerate(_months.split(), start=1):
     MONTHS[_month] = _place
     if _month != "may":
         MONTHS[_month[:3]] = _place
@@ -146,12 +153,12 @@ RELATIVE = {
 }
 QUARTER = re.compile(r"^q[1-4]$")
 
-NEGATIONS = frozenset(
-    "not no never without neither nor cannot none nobody nothing nowhere non except excluding exclude lacking lacks "
-    "lack stop avoid refuse unable fail fails failed prevent forbidden banned prohibited ban prohibit".split()
+NEGATIONS = word_set(
+    "not no never without neither nor cannot none nobody nothing nowhere non except excluding exclude lacking "
+    "lacks lack stop avoid refuse unable fail fails failed prevent forbidden banned prohibited ban prohibit"
 )
 # Of those, words that turn the request itself; two of them cancel out.
-TURNING = frozenset("not no never without neither nor none nobody nothing non".split())
+TURNING = word_set("not no never without neither nor none nobody nothing non")
 
 SCOPE_GROUPS = (
     "all every everyone everybody entire whole each any",
@@ -205,7 +212,7 @@ SCOPE_GROUPS = (
     "internal",
     "external",
 )
-SCOPE = {}
+SCOPE: dict[str, str] = {}
 for _group in SCOPE_GROUPS:
     for _word in _group.split():
         SCOPE.setdefault(_word, _group.split()[0])
@@ -325,15 +332,15 @@ for _left, _right in _sides:
     for _one, _two in ((_left, _right), (_right, _left)):
         for _word in _one.split():
             OPPOSITES[_word] = OPPOSITES.get(_word, frozenset()) | frozenset(_two.split())
-NEGATIVE = frozenset(word for _, right in _sides for word in right.split()) - frozenset("old student".split())
+NEGATIVE = frozenset(word for _, right in _sides for word in right.split()) - word_set("old student")
 PREFIXES = ("un", "in", "im", "il", "ir", "dis", "non", "de", "mis", "anti")
 
-FORMATS = frozenset(
-    "python javascript typescript java kotlin rust golang ruby php perl swift scala haskell bash powershell sql html css "
-    "react vue angular django flask json yaml xml csv toml markdown pdf docx xlsx excel latex table list bullets prose "
-    "english german french spanish italian portuguese dutch polish russian ukrainian chinese mandarin japanese korean "
-    "arabic hindi turkish swedish danish norwegian finnish greek hebrew czech hungarian romanian vietnamese thai welsh "
-    "indonesian latin irish catalan".split()
+FORMATS = word_set(
+    "python javascript typescript java kotlin rust golang ruby php perl swift scala haskell bash powershell "
+    "sql html css react vue angular django flask json yaml xml csv toml markdown pdf docx xlsx excel latex "
+    "table list bullets prose english german french spanish italian portuguese dutch polish russian ukrainian "
+    "chinese mandarin japanese korean arabic hindi turkish swedish danish norwegian finnish greek hebrew "
+    "czech hungarian romanian vietnamese thai welsh indonesian latin irish catalan"
 )
 SAME_FORMAT = {
     "js": "javascript",
@@ -373,14 +380,15 @@ ALIASES = {
     "k8s": "kubernetes",
     "covid": "covid",
 }
-DIRECTED = frozenset(
-    "from to into than before after over under with by of but for compared versus instead between above below cause causes".split()
+DIRECTED = word_set(
+    "from to into than before after over under with by of but for compared versus instead between above below "
+    "cause causes"
 )
-SWAPPING = frozenset("replace substitute swap exchange trade".split())
-LITTLE = frozenset("the a an my our your some any this that one on do how can i".split())
+SWAPPING = word_set("replace substitute swap exchange trade")
+LITTLE = word_set("the a an my our your some any this that one on do how can i")
 QUESTION_WORDS = ("what", "which", "who", "whom", "whose", "when", "where", "why", "how")
-AUXILIARIES = frozenset(
-    "is are was were do does did can could may might will would shall should must has have had am".split()
+AUXILIARIES = word_set(
+    "is are was were do does did can could may might will would shall should must has have had am"
 )
 
 
@@ -408,10 +416,10 @@ class Reading:
 
 
 def read(text: str) -> Reading:
-    """Read one prompt. Never raises; linear in the first 4,000 characters."""
+    """Read one prompt. Never raises; linear in the first 2,000 characters."""
     rest = hash(text[MAX_CHARACTERS:]) if len(text) > MAX_CHARACTERS else 0
     text = text[:MAX_CHARACTERS].replace("’", "'")
-    text = CLOSINGS.sub("", OPENINGS.sub("", text)) or text
+    text = _bare(text) or text
     words: list[str] = []
     names: set[str] = set()
     starts = True
@@ -455,6 +463,12 @@ def read(text: str) -> Reading:
         asks=_asks(words),
         rest=rest,
     )
+
+
+def _bare(text: str) -> str:
+    """Take courtesies off both ends."""
+    text = OPENINGS.sub("", text[:ENDS]) + text[ENDS:]
+    return text[:-ENDS] + CLOSINGS.sub("", text[-ENDS:])
 
 
 def _expanded(word: str) -> list[str]:
@@ -531,7 +545,7 @@ def _quantities(words: list[str]) -> tuple[set[str], set[str], set[str]]:
                 unit = words[at + used]
             if unit in ("c", "f"):
                 unit = "celsius" if unit == "c" else "fahrenheit"
-            elif unit == "o" and words[at + used : at + used + 2] == ["o", "clock"] or unit == "oclock":
+            elif (unit == "o" and words[at + used : at + used + 2] == ["o", "clock"]) or unit == "oclock":
                 dates.add(f"{int(value):02d}:00")
                 at += used + 1
                 continue
@@ -607,7 +621,7 @@ def _value(words: list[str], at: int) -> tuple[float, int]:
 def _route(words: list[str]) -> tuple[str, str]:
     """Return what is left and what is reached: of "from A to B", "A into B", "B instead of A", "replace A with B"."""
     content = [(at, w) for at, w in enumerate(words) if w not in LITTLE]
-    before = {at: word for at, word in content}
+    before = dict(content)
 
     def after(at: int) -> str:
         return next((w for place, w in content if at < place <= at + 3), "")

@@ -62,8 +62,7 @@ def cosines(encoder: Encoder, pairs: Sequence[tuple[str, str]]) -> NDArray[np.fl
 def refused(table: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Tell which rows the guard refuses."""
     columns = [i for i, name in enumerate(features.names()) if name.removeprefix("guard_") in REFUSING]
-    result: NDArray[np.bool_] = (table[:, columns] > 0).any(axis=1)
-    return result
+    return np.asarray((table[:, columns] > 0).any(axis=1))
 
 
 def platt(scores: NDArray[np.float64], same: NDArray[np.bool_]) -> tuple[float, float]:

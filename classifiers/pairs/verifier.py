@@ -27,8 +27,8 @@ MISSING = -9.0
 # Reasons that refuse whatever the verifier thinks. The others are weighed: "not" and "only" also turn up in
 # honest rewordings.
 REFUSING = frozenset(("number", "date", "order", "format", "rest"))
-# Candidates less alike than this are not looked at.
-MIN_COSINE = 0.55
+# What `enforce` assumes: of three candidates one is a trap. A scope's own share is measured in `certified` mode.
+TRAP_SHARE = 1 / 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Opinion:
 class Verifier:
     """Judges candidates. Immutable but for a bounded memory of prompts read; safe to share between threads."""
 
-    def __init__(self, artefact: Artefact, pairs: features.PairFeatures, *, remembered: int = 4096) -> None:
+    def __init__(self, artefact: Artefact, pairs: features.PairFeatures, *, remembered: int = 1024) -> None:
         metadata, arrays = artefact.metadata, artefact.arrays
         if tuple(metadata["features"]) != features.names():
             raise ArtefactError(
@@ -154,7 +154,7 @@ class Verifier:
         return cls(artefact, features.PairFeatures(Lexicon.load(directory), static))
 
     def read(self, prompt: str) -> features.ReadPrompt:
-        """Read a prompt, or take it from the memory of the last few thousand."""
+        """Read a prompt, or take it from the memory of the last thousand."""
         found = self._read.get(prompt)
         if found is None:
             found = self._pairs.read(prompt)
@@ -185,13 +185,13 @@ class Verifier:
         ]
 
     def threshold(self, max_error: float) -> float:
-        """Return the least probability at which a candidate is served in `enforce` mode.
+        """Return the least probability at which a candidate is served in `enforce` mode; 1.01 serves nothing.
 
-        Chosen on the held-out pairs that ship with Farthing so that wrong / served stays under `max_error` with
-        confidence 95 %; 1.01 (serve nothing) where they cannot show it. Other traffic has other traps: only
-        `certified` holds the bound for a scope's own.
+        Chosen on the held-out pairs that ship with Farthing: with confidence 95 % wrong / served stays under
+        `max_error` on such pairs as long as at most a third of the candidates are traps. Other traffic has other
+        traps: only `certified` holds the bound for a scope's own.
         """
         if max_error not in self._thresholds:
-            chosen = threshold_for(self._shipped, max_error=max_error)
+            chosen = threshold_for(self._shipped, max_error=max_error, trap_share=TRAP_SHARE)
             self._thresholds[max_error] = 1.01 if chosen is None else chosen.threshold
         return self._thresholds[max_error]

@@ -1,0 +1,86 @@
+"""The guard refuses on evidence: what differs is named, honest rewordings pass."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from classifiers.pairs import guard
+
+
+def reasons(a: str, b: str) -> tuple[str, ...]:
+    return guard.reasons(guard.read(a), guard.read(b))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "reason"),
+    [
+        ("Book 4 seats", "Book 14 seats", "number"),
+        ("Is a 30 year lease possible?", "Is a 13 year lease possible?", "number"),
+        ("What is 12 % of 90?", "What is 21 % of 90?", "number"),
+        ("Raise the limit to 10k", "Raise the limit to 10,500", "number"),
+        ("Plan for 5 seats", "Plan", "number_alone"),
+        ("Is the shop open on Tuesday?", "Is the shop open on Friday?", "date"),
+        ("Wake me at 6am", "Wake me at 6pm", "date"),
+        ("Flights on March 3", "Flights on May 3", "date"),
+        ("Is the shop open?", "Is the shop open on Sunday?", "date_alone"),
+        ("How high is it in metres?", "How high is it in feet?", "unit"),
+        ("Does Acme ship to Peru?", "Does Globex ship to Peru?", "name"),
+        ("Which plans include support?", "Which plans do not include support?", "negation"),
+        ("How do I enable logging?", "How do I disable logging?", "opposite"),
+        ("Is the part compatible?", "Is the part incompatible?", "opposite"),
+        ("Delete all rows", "Delete the first row", "scope"),
+        ("Move the file from A1 to B2", "Move the file from B2 to A1", "order"),
+        ("Convert dollars to euros", "Convert euros to dollars", "order"),
+        ("Write it in Rust", "Write it in Kotlin", "format"),
+        ("What is my balance?", "What is his balance?", "person"),
+    ],
+)
+def test_a_difference_is_named_in_both_directions(a: str, b: str, reason: str) -> None:
+    assert reason in reasons(a, b)
+    assert reasons(a, b) == reasons(b, a)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("Can I pay within 14 days?", "Is paying within two weeks fine?"),
+        ("Wake me at 7pm", "Wake me at 7 in the evening"),
+        ("Is a loan of 250k possible?", "Is a loan of 250,000 possible?"),
+        ("Select logins after 2024-03-01", "Select logins after 1 March 2024"),
+        ("Meet at 14:00", "Meet at 2pm"),
+        ("What's the fee?", "Hi, what is the fee? Thanks!"),
+        ("I don't have a card", "I do not have a card"),
+        ("Who's the owner?", "Who is the owner"),
+        ("Write it in JS", "Write it in JavaScript"),
+    ],
+)
+def test_the_same_said_otherwise_passes(a: str, b: str) -> None:
+    assert reasons(a, b) == ()
+
+
+def test_what_lies_beyond_the_part_that_is_read_must_be_equal() -> None:
+    long = "word " * 1000
+    assert reasons(long + "x", long + "y") == ("rest",)
+    assert reasons(long + "x", long + "x") == ()
+
+
+@given(st.text(max_size=300), st.text(max_size=300))
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_read_and_comparing_is_symmetric(a: str, b: str) -> None:
+    assert reasons(a, b) == reasons(b, a)
+    assert reasons(a, a) == ()
+
+
+@pytest.mark.parametrize(
+    "part", [" ", "hi, ", "please ", ".", "1", "1,", "from to ", "'", "a-", "\n", "é", "thanks!"]
+)
+def test_no_text_takes_long(part: str) -> None:
+    text = part * (100_000 // len(part))
+    started = time.process_time()
+    guard.read(text)
+    guard.read("hi," + text + "x")
+    assert time.process_time() - started < 0.5
