@@ -9,6 +9,7 @@ share; the request that started it books it, the others book nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from router.stages.reserve import Reserve
 from router.stages.semantic import SemanticCache
 from router.stages.settle import Settle, note_failure
 from router.stages.shadow import Shadows
+
+log = logging.getLogger("farthing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +157,11 @@ class Pipeline:
         try:
             await self.reserve.hold(exchange, lambda: self.decide.downgraded(exchange))
             self.settle.open(exchange)
+            await self.cascade.run(exchange, flight)  # dispatch, and a second opinion where asked for
         except UnavailableError as away:
             raise Overloaded(
                 "The gateway cannot account for this request right now. Try again shortly.", retry_after=2
             ) from away
-        await self.cascade.run(exchange, flight)  # dispatch, and a second opinion where asked for
 
     def _landed(self, exchange: Exchange, flight: Flight) -> None:
         """The flight has ended, however: it is booked once, and a complete answer is kept."""
@@ -166,8 +169,11 @@ class Pipeline:
             exchange.http_status = 200
         elif flight.error is not None:
             note_failure(exchange, flight.error)
-        exchange.potential_savings = self.decide.potential(exchange)
-        self.learn.note_answer(exchange, flight.body)
+        try:
+            exchange.potential_savings = self.decide.potential(exchange)
+            self.learn.note_answer(exchange, flight.body)
+        except Exception:
+            log.exception("nothing is learned of request %s", exchange.id)  # and it is booked all the same
         record = self.settle.dispatched(exchange)
         body = flight.body
         if record is not None and body is not None and flight.key is not None:

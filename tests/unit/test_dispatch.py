@@ -11,12 +11,15 @@ import pytest
 from router.core.errors import (
     BudgetExceeded,
     ContextExceeded,
+    Overloaded,
     RateLimited,
     RequestError,
+    UnavailableError,
     UpstreamFailed,
     UpstreamRejected,
     UpstreamTimedOut,
 )
+from router.core.types import AttemptRecord
 from router.stages.dispatch import RetryBudget
 from router.stages.flight import AHEAD
 from tests.unit.pipeline_parts import (
@@ -271,6 +274,32 @@ async def test_a_request_that_cannot_be_afforded_calls_nobody() -> None:
     assert rig.wire.calls == []
     assert rig.journal.opened == []
     assert rig.journal.settled == []
+
+
+async def test_no_provider_is_called_where_the_journal_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+
+    def full(record: AttemptRecord) -> None:
+        raise UnavailableError("the disk is full")
+
+    monkeypatch.setattr(rig.journal, "attempt", full)
+    with pytest.raises(Overloaded):
+        await rig.ask("capped", max_tokens=100)
+    assert rig.wire.calls == []
+    assert (rig.record.http_status, rig.record.cost) == (503, 0)
+    assert await rig.held() == 0
+
+
+async def test_a_request_of_which_nothing_can_be_learned_is_booked(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(rig.pipeline.learn, "note_answer", broken)
+    await rig.ask("capped", max_tokens=100)
+    assert rig.record.status == "complete"
+    assert await rig.held() == 0
 
 
 async def test_the_journal_knows_a_request_before_the_provider_does() -> None:
