@@ -52,7 +52,9 @@ _PASSED_HEADERS = ("openai-processing-ms", "openai-version", "x-ratelimit-remain
 
 
 class RetryBudget:
-    """Retries may add at most a fifth to the load, so that a failing provider is not flooded (a token bucket)."""
+    """Further calls to a provider that was tried may add at most a fifth to the load, so that a failing one is not
+    flooded (a token bucket).
+    """
 
     def __init__(self, share: float = 0.2, burst: float = 20.0) -> None:
         self._share = share
@@ -141,7 +143,9 @@ class Dispatch:
             wait = failure.retry_after if failure.retry_after is not None else FIRST_WAIT * 2**index
             if wait > LONGEST_WAIT:
                 return False
-        if not self._retries.take():
+        again = exchange.snapshot.models[name].provider in {attempt.provider for attempt in exchange.attempts}
+        # Another provider is not flooded by what the first one could not answer.
+        if again and not self._retries.take():
             return False
         amount = worst_case_of(exchange, name)
         if amount is None and any(limit.hard_cap is not None for limit in exchange.policy.budgets):

@@ -24,6 +24,7 @@ from router.stages.dispatch import RetryBudget
 from router.stages.flight import AHEAD
 from tests.unit.pipeline_parts import (
     DONE,
+    GOOD_ANSWER,
     GOOD_STREAM,
     POLICY,
     Rig,
@@ -315,6 +316,15 @@ async def test_the_journal_knows_a_request_before_the_provider_does() -> None:
     await rig.ask()
     assert seen == [(1, 1)]
     assert len(rig.journal.settled) == 1
+
+
+async def test_a_healthy_fallback_answers_however_often_the_first_provider_fails() -> None:
+    rig = Rig()
+    bad, good = Script(b"{}", status=500), Script(GOOD_ANSWER)
+    rig.wire.scripts["first"] = [bad, good, bad, good, good] * 30
+    for number in range(150):
+        assert await rig.ask(messages=[{"role": "user", "content": f"question {number}"}]) == GOOD_ANSWER
+    assert [call.model.name for call in rig.wire.calls].count("second") == 60
 
 
 def test_retries_stay_within_their_share() -> None:
