@@ -118,6 +118,8 @@ class Dispatch:
         for index in range(MAX_ATTEMPTS):
             name = models[index] if index < len(models) else models[0]
             if index and not await self._may_try_again(exchange, name, index, len(models), failure):
+                if index + 1 < len(models):
+                    continue  # the next of the plan may be cheaper, or at another provider
                 break
             try:
                 await self.attempt(exchange, sink, name, index)

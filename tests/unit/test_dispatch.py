@@ -27,6 +27,7 @@ from tests.unit.pipeline_parts import (
     GOOD_ANSWER,
     GOOD_STREAM,
     POLICY,
+    PROVIDERS,
     Rig,
     Script,
     chunk,
@@ -265,6 +266,21 @@ async def test_another_attempt_needs_its_own_money() -> None:
     with pytest.raises(UpstreamFailed):
         await rig.ask("capped", max_tokens=1_000)  # 0.0042 held; the second model's 0.0084 do not fit
     assert [call.model.name for call in rig.wire.calls] == ["first"]
+    assert await rig.held() == 0
+
+
+async def test_a_fallback_that_cannot_be_afforded_is_passed_over() -> None:
+    third = (
+        "  third: { provider: two, name: third-1, context: 10000, max_output: 1000, "
+        'price: { input: "0.1", output: "0.4" } }\n'
+    )
+    text = POLICY.replace("[first, second]", "[first, second, third]")
+    text = text.replace("hard_cap: 0.01 }, fallback: []", "hard_cap: 0.01 }, fallback: [second, third]")
+    rig = Rig(providers=PROVIDERS + third, policy=text)
+    rig.wire.scripts["first"] = [Script(b"{}", status=500)]
+    await rig.ask("capped", max_tokens=1_000)
+    assert [call.model.name for call in rig.wire.calls] == ["first", "third"]
+    assert rig.record.served_model == "third"
     assert await rig.held() == 0
 
 
