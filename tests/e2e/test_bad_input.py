@@ -386,7 +386,8 @@ def test_a_callers_request_id_is_a_column_and_never_a_key(
     gateway: Gateway, unique: Unique, value: str
 ) -> None:
     raw = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: evil.example\r\nauthorization: Bearer {gateway.key('search')}\r\n"
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: evil.example\r\n"
+        f"authorization: Bearer {gateway.key('search')}\r\n"
         f"x-request-id: {value}\r\nconnection: close\r\n"
     )
     body = json.dumps({"model": "small", "messages": [{"role": "user", "content": unique("Hi")}]})
