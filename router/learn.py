@@ -89,7 +89,9 @@ def learn(
         rows, held = own_traffic.split(examples, seed)
         heads = own_traffic.fit(rows, priors, encoder_id, seed, trees)
     except ModuleNotFoundError as error:
-        raise ConfigurationError(str(error)) from None
+        raise ConfigurationError(
+            f"learning needs {error.name}, which the runtime leaves out for its size: pip install 'farthing[train]'"
+        ) from None
     heads.arrays.update(own_traffic.calibration(heads, held).arrays())
     before, before_at = _in_force(engine, encoder_id)
     judgement: Judgement = own_traffic.judge(

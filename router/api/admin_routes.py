@@ -83,7 +83,7 @@ class Breaker(BaseModel):
 
 class Health(BaseModel):
     """`redis_up` is None where Redis is not used. `journal_unsettled`: admitted requests of this worker that are
-    not in SQL yet.
+    not in SQL yet. `learned_artefact`: the heads in use; `refused_artefact`: why those that should be are not.
     """
 
     ready: bool
@@ -93,6 +93,8 @@ class Health(BaseModel):
     journal_unsettled: int
     open_breakers: list[Breaker]
     unusable_providers: dict[str, str]
+    learned_artefact: str | None = None
+    refused_artefact: str | None = None
 
 
 class Difference(BaseModel):

@@ -21,9 +21,6 @@ REPEATED_WITHIN = 600.0
 MIN_REPEATED = 20
 """Characters; shorter ones ("yes", "go on") are sent again for other reasons."""
 REMEMBERED = 10_000
-VERIFICATION = "verification"
-DOUBTED = Signal("judge", 0.5)
-"""A verifier model of a cascade found the answer wanting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +59,6 @@ class Learn:
             return
         propensity = exchange.plan.propensity if exchange.plan is not None else 1.0
         found = list(signals(exchange.request, body, exchange.request.stream)) if body is not None else []
-        if exchange.doubt == VERIFICATION:
-            found.append(DOUBTED)
         exchange.labels += tuple(
             self._label(exchange, signal, exchange.id, served.model, propensity) for signal in found
         )
@@ -74,9 +69,13 @@ class Learn:
         )
 
     def _note_escalated(self, exchange: Exchange, doubt: str, propensity: float) -> None:
-        """Labels the answer of the cheaper model that never reached the caller."""
+        """Labels the answer of the cheaper model that never reached the caller, by the signal it showed. What a
+        verifier model doubts is no label: of answers it approves there is none to set against it.
+        """
+        signal = BY_SOURCE.get(doubt)
+        if signal is None:
+            return
         aside = [attempt.model for attempt in exchange.attempts if attempt.error == "escalated"]
-        signal = BY_SOURCE.get(doubt, DOUBTED)
         exchange.labels += tuple(
             self._label(exchange, signal, exchange.id, model, propensity) for model in aside[:1]
         )
