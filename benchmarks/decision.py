@@ -119,7 +119,8 @@ def measure(
     decide, learn = Decide(health, clock, lambda: artefact), Learn(classifier.static, clock)
     caller, wishes = Caller("key", "team"), read_wishes({})
     policy = given.resolve("team", None, {}, NOW)
-    decide.floor.prepare(given, policy, NOW)
+    for name in CLASSES:
+        decide.floor.of(given, policy, name, policy.classes[name].min_quality, NOW)
     found = []
     for number in range(requests):
         body = {

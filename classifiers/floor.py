@@ -42,10 +42,16 @@ def _log_cumulative(failures: int, rows: int, rate: float) -> float:
     """log P(X <= failures) for X binomial with `rows` and `rate` (0 < rate < 1)."""
     if failures >= rows:
         return 0.0
-    k = np.arange(1, failures + 1)
+    terms = _log_terms(rows, rate, failures)
+    top = terms.max()
+    return float(top + math.log(np.exp(terms - top).sum()))
+
+
+def _log_terms(rows: int, rate: float, last: int) -> Floats:
+    """log P(X = k) for k = 0 ... last."""
+    k = np.arange(1, last + 1)
     steps = np.log((rows - k + 1) / k) + math.log(rate / (1.0 - rate))
-    terms = rows * math.log1p(-rate) + np.concatenate(([0.0], np.cumsum(steps)))
-    return float(np.logaddexp.reduce(terms))
+    return np.concatenate(([0.0], np.cumsum(steps))) + rows * math.log1p(-rate)
 
 
 def upper_bound(successes: int, rows: int, delta: float) -> float:
@@ -192,24 +198,28 @@ def certify(
 
 def _passed(harm: Sequence[int], gain: Sequence[int], rows: int, max_excess: float, delta: float) -> int:
     """How many thresholds of the grid, from the highest, pass one after the other."""
-    wanted = math.log(delta / 2)
     sure_gain, at_gain = 0.0, 0
-
-    def below(harmed: int) -> bool:
-        """Whether the upper bound of P(harm) is at most max_excess and the gain that is sure."""
-        rate = max_excess + sure_gain
-        return rate >= 1.0 or (rate > 0.0 and _log_cumulative(harmed, rows, rate) <= wanted)
-
+    allowed = _most_allowed(rows, max_excess, delta / 2)
     for at, (harmed, gained) in enumerate(zip(harm, gain, strict=True)):
-        if below(harmed):
+        if harmed <= allowed:
             continue
         # What is sure only grows with the gain seen: the bound of an earlier threshold serves as long as it suffices.
         if gained > at_gain:
             sure_gain, at_gain = lower_bound(gained, rows, delta / 2), gained
-            if below(harmed):
-                continue
-        return at
+            allowed = _most_allowed(rows, max_excess + sure_gain, delta / 2)
+        if harmed > allowed:
+            return at
     return len(harm)
+
+
+def _most_allowed(rows: int, rate: float, delta: float) -> int:
+    """The most of `rows` whose upper bound is at most `rate`; -1 where not even none are."""
+    if rate >= 1.0:
+        return rows
+    if rate <= 0.0:
+        return -1
+    terms = _log_terms(rows, rate, math.ceil(rows * rate))
+    return int(np.searchsorted(np.logaddexp.accumulate(terms), math.log(delta), side="right")) - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,7 @@ class Gateway:
         self._shadows = Shadows(
             dispatch, reserve, settle, self._classifier.static, self._clock, identifiers, draw
         )
-        self._decide = Decide(self._health, self._clock, lambda: self._artefacts.current)
+        self._decide = Decide(self._health, self._clock, lambda: self._artefacts.current, self._executor)
         pipeline = Pipeline(
             configuration=lambda: self.watch.current,
             admission=self._admission,

@@ -8,7 +8,8 @@ so that choosing among them costs no confidence.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
 from datetime import datetime
 from decimal import ROUND_CEILING, Decimal
 
@@ -16,20 +17,23 @@ from classifiers.floor import Calibration, labels_needed
 from router.core.learning import Floor
 from router.core.policy import EffectivePolicy
 from router.core.ports import Snapshot
-from router.core.types import PROMPT_CLASSES
 
 MEMORY = 1024
 _CENT = Decimal("0.01")
+_Key = tuple[str, tuple[str, ...], str | None, str, Decimal, Decimal]
 
 
 class QualityFloor:
-    """Floors computed from one artefact's `calibration` (None: nothing is learned yet), each once. Safe to use from
-    several threads; a first computation takes a few milliseconds a candidate model.
+    """Floors computed from one artefact's `calibration` (None: nothing is learned yet), each once, which takes some
+    milliseconds a candidate model. With an `executor` nobody waits for that: until a floor is known the reference
+    answers.
     """
 
-    def __init__(self, calibration: Calibration | None) -> None:
+    def __init__(self, calibration: Calibration | None, executor: Executor | None = None) -> None:
         self._calibration = calibration
-        self._known: OrderedDict[tuple[object, ...], Floor] = OrderedDict()
+        self._executor = executor if calibration is not None else None
+        self._known: OrderedDict[_Key, Floor] = OrderedDict()
+        self._pending: set[_Key] = set()
 
     def of(
         self,
@@ -50,19 +54,27 @@ class QualityFloor:
             snapshot.hash, policy.allow, policy.baseline, prompt_class, quality, requirement.confidence,
         )  # fmt: skip
         found = self._known.get(key)
-        if found is None:
-            found = self._compute(snapshot, policy, prompt_class, quality, requirement.confidence, at)
-            if found is None:
-                return None
-            self._known[key] = found
-            if len(self._known) > MEMORY:
-                self._known.popitem(last=False)
-        return found
+        if found is not None:
+            return found
+        reference = reference_of(snapshot, policy, prompt_class)
+        if reference is None:
+            return None
+        work = (key, reference, requirement.confidence, _costs(snapshot, policy, at))
+        if self._executor is None:
+            return self._fill(*work)
+        if key not in self._pending:
+            self._pending.add(key)
+            self._executor.submit(self._fill, *work)
+        return Floor(reference, requirement.confidence, None, 1.0, 0.0, {})
 
-    def prepare(self, snapshot: Snapshot, policy: EffectivePolicy, at: datetime) -> None:
-        """Computes the floors of a policy's classes off the answer path."""
-        for prompt_class in PROMPT_CLASSES:
-            self.of(snapshot, policy, prompt_class, policy.classes[prompt_class].min_quality, at)
+    def _fill(self, key: _Key, reference: str, confidence: Decimal, costs: Mapping[str, Decimal]) -> Floor:
+        _, _, _, prompt_class, quality, _ = key
+        found = self._compute(reference, prompt_class, quality, confidence, costs)
+        self._known[key] = found
+        if len(self._known) > MEMORY:
+            self._known.popitem(last=False)
+        self._pending.discard(key)
+        return found
 
     def missing(self) -> Iterator[tuple[str, str, int]]:
         """(class, model, clean labels missing), the most of any floor in use; for a gauge."""
@@ -72,24 +84,19 @@ class QualityFloor:
             if floor.model is not None:
                 counts[floor.model] = 0
             for model, count in counts.items():
-                place = (str(key[3]), model)
+                place = (key[3], model)
                 most[place] = max(count, most.get(place, 0))
         for (prompt_class, model), count in most.items():
             yield prompt_class, model, count
 
     def _compute(
         self,
-        snapshot: Snapshot,
-        policy: EffectivePolicy,
+        reference: str,
         prompt_class: str,
         quality: Decimal,
         confidence: Decimal,
-        at: datetime,
-    ) -> Floor | None:
-        reference = reference_of(snapshot, policy, prompt_class)
-        if reference is None:
-            return None
-        costs = {name: cost for name in policy.allow if (cost := _blended(snapshot, name, at)) is not None}
+        costs: Mapping[str, Decimal],
+    ) -> Floor:
         dear = costs.get(reference, Decimal("Infinity"))
         saved = {name: dear - cost for name, cost in costs.items() if name != reference and cost < dear}
         max_excess, delta = float(1 - quality), float(1 - confidence)
@@ -118,9 +125,10 @@ def reference_of(snapshot: Snapshot, policy: EffectivePolicy, prompt_class: str)
     return max(priors, key=lambda name: priors[name], default=None)
 
 
-def _blended(snapshot: Snapshot, model: str, at: datetime) -> Decimal | None:
-    """One figure to compare two prices by: three input tokens to one output token, as routing pays them."""
-    price = snapshot.price(model, at)
-    if price is None:
-        return None
-    return 3 * price.marginal_prices["input"] + price.marginal_prices["output"]
+def _costs(snapshot: Snapshot, policy: EffectivePolicy, at: datetime) -> dict[str, Decimal]:
+    """One figure a priced model to compare them by: three input tokens to one output token, as routing pays them."""
+    return {
+        name: 3 * price.marginal_prices["input"] + price.marginal_prices["output"]
+        for name in policy.allow
+        if (price := snapshot.price(name, at)) is not None
+    }

@@ -91,8 +91,10 @@ class Floor:
         if model in self.missing:
             count = self.missing[model]
             return f"quality floor: {count} label{'s' * (count != 1)} missing for {sure}"
+        if self.model is None:
+            return f"quality floor: nothing but {self.reference} is shown to do with {sure}"
         if model != self.model:
-            return f"quality floor: {self.reference} and {self.model or 'no cheaper model'} answer for {sure}"
+            return f"quality floor: {self.reference} and {self.model} answer for {sure}"
         if estimate is None or estimate.fallback:
             return (
                 f"quality floor: the prompt is unlike the labelled traffic, so nothing is known with {sure}"

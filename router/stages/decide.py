@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import replace
 from decimal import Decimal
 from types import MappingProxyType
@@ -28,14 +29,21 @@ def _nothing_learned() -> None:
 
 
 class Decide:
-    """`learned` gives the artefact in force, None while there is none."""
+    """`learned` gives the artefact in force, None while there is none. `executor` computes quality floors off the
+    answer path; without one the first request of a policy waits for them.
+    """
 
     def __init__(
-        self, health: Health, clock: Clock, learned: Callable[[], Learned | None] = _nothing_learned
+        self,
+        health: Health,
+        clock: Clock,
+        learned: Callable[[], Learned | None] = _nothing_learned,
+        executor: Executor | None = None,
     ) -> None:
         self._health = health
         self._clock = clock
         self._learned = learned
+        self._executor = executor
         self._floor: tuple[Learned | None, QualityFloor] = (None, QualityFloor(None))
 
     def choose(self, exchange: Exchange, draw: float) -> None:
@@ -81,7 +89,8 @@ class Decide:
         """The quality floors of the artefact in force."""
         learned = self._learned()
         if self._floor[0] is not learned:
-            self._floor = (learned, QualityFloor(None if learned is None else learned.calibration))
+            calibration = None if learned is None else learned.calibration
+            self._floor = (learned, QualityFloor(calibration, self._executor))
         return self._floor[1]
 
     def estimates(self, exchange: Exchange) -> Mapping[str, Estimate]:

@@ -572,3 +572,10 @@ def test_the_floor_leaves_downgrades_and_named_models_alone() -> None:
     assert chosen(plan_for(question(reference="small"), floor=lacking)) == ("small", "named")
     swap = policy(substitute=True)
     assert chosen(plan_for(question(reference="small"), swap, floor=lacking)) == ("small", "cheapest")
+
+
+def test_the_chosen_model_is_not_among_the_unproven() -> None:
+    away = {"large": LiveStatus(available=False, reason="breaker open")}
+    plan = plan_for(effective=ASKING, live=away, floor=floor(model=None, missing={"small": 3}))
+    assert isinstance(plan, Plan)
+    assert plan.unproven == ()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from decimal import Decimal
+from threading import Event
 
 import numpy as np
 import pytest
@@ -121,15 +123,31 @@ def test_an_unpriced_model_is_no_candidate() -> None:
     text = POLICY.replace("allow: [tiny,", "allow: [free, tiny,")
     found = floor_of(QualityFloor(None), snapshot(text))
     assert "free" not in found.missing
-    assert "answer for" in (found.excludes("free", None) or "")
+    assert "nothing but large" in (found.excludes("free", None) or "")
 
 
 def test_floors_are_computed_once_and_anew_when_the_policy_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     floors, given = QualityFloor(rows(0.8, 0.9)), snapshot()
-    floors.prepare(given, given.resolve("any", None, {}, NOW), NOW)
+    first = floor_of(floors, given)
     calls = []
     monkeypatch.setattr(floors, "_compute", lambda *arguments: calls.append(arguments))
-    assert floor_of(floors, given) is floor_of(floors, given)
+    assert floor_of(floors, given) is first
     assert calls == []
     floor_of(floors, snapshot(POLICY.replace("0.8", "0.7")))
     assert len(calls) == 1
+
+
+def test_until_a_floor_is_known_the_reference_answers_and_nobody_waits() -> None:
+    with ThreadPoolExecutor(1) as executor:
+        running = Event()
+        executor.submit(running.wait)
+        floors, given = QualityFloor(rows(0.85, 0.9), executor), snapshot()
+        found = floor_of(floors, given)
+        assert (found.reference, found.model) == ("large", None)
+        assert found.excludes("tiny", None) == (
+            "quality floor: nothing but large is shown to do with 95 % confidence"
+        )
+        floor_of(floors, given)
+        running.set()
+    assert floor_of(floors, given).model == "tiny"
+    assert floors._pending == set()
