@@ -360,7 +360,7 @@ def judge(
         "squared_error_prior": float(np.average((prior[at] - score) ** 2, weights=weight)),
     }
     refusal = None
-    if gain + spread > 0:
+    if gain >= 0:
         refusal = (
             f"it is no better than the priors on held-out labels (squared error {card['squared_error']:.4f} against "
             f"{card['squared_error_prior']:.4f}, standard error {spread:.4f})"
