@@ -27,7 +27,7 @@ from router.core.types import PROMPT_CLASSES, Caller, PriceRecord
 from router.settings import Settings
 from router.stages.admit import read_wishes
 from router.stages.decide import Decide
-from router.stages.exchange import Exchange
+from router.stages.exchange import ASIDE, Exchange
 from router.stages.learn import Learn
 from router.stages.normalise import named_model, normalise_chat
 from router.stages.reserve import worst_case_of
@@ -576,6 +576,8 @@ def _request_lines(found: Mapping[str, Any]) -> Iterable[str]:
         outcome = " ".join(
             str(part) for part in (attempt["outcome"], attempt["status_code"]) if part is not None
         )
+        if attempt["error"] in ASIDE:
+            outcome += f", {attempt['error']}"
         if attempt["estimated"]:
             outcome += ", estimated"
         label = (str(attempt["attempt"] + 1), f"{attempt['model']} at {attempt['provider']}", outcome)

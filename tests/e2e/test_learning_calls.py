@@ -65,6 +65,9 @@ def test_a_refusal_is_replaced_before_the_first_byte(start_gateway: Start, provi
         assert (row["served_model"], row["overhead"]) == ("middle", tried[0]["cost"])
         assert row["cost"] == tried[0]["cost"] + tried[1]["cost"]
         assert [call["model"] for call in provider.calls(request_id)] == ["small", "middle"]
+    told = gateway.cli("policy", "explain", "--request-id", request_id).stdout
+    assert "attempt 2, as the answer of a cheaper model was found wanting" in told
+    assert "complete 200, escalated" in told
     verified(gateway)
 
 
@@ -139,6 +142,8 @@ def test_a_judge_labels_a_shadow_answer(start_gateway: Start, provider: Provider
             assert (row["served_model"], row["team"], row["baseline"]) == (model, "search", None)
             ((window, _),) = json.loads(row["budgets"])
             assert window == "learn"
+            told = gateway.cli("policy", "explain", "--request-id", row["id"]).stdout
+            assert "a request that has ended" in told
     verified(gateway)
     report = json.loads(gateway.cli("report", "spend", "--by", "team", "--format", "json").stdout)
     (line,) = report["rows"]

@@ -22,6 +22,7 @@ from router.adapters.sql.reports import Usd
 from router.adapters.sql.schema import adjustments, attempts, cost_lines, price_records, requests
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.types import BUCKETS
+from router.stages.exchange import ASIDE
 
 MAX_ID = 64
 
@@ -185,7 +186,7 @@ def _described(
             "served_model": row["served_model"],
             "served_provider": row["served_provider"],
             "reason": row["decision"],
-            "why": _why(row, len(tried)),
+            "why": _why(row, tried),
             "class": row["prompt_class"],
             "difficulty": row["difficulty"],
             "confidence": row["confidence"],
@@ -238,13 +239,31 @@ REASONS: Mapping[str, str] = {
 """Each reason of a decision, in words."""
 
 
-def _why(row: RowMapping, tried: int) -> str:
+OWN_CALLS: Mapping[str, str] = {
+    "learn.shadow": "a second answer to a request that has ended, to learn from",
+    "learn.judge": "it judges two answers to a request that has ended",
+}
+"""Calls nobody asked for but the policy (`learn`), by endpoint."""
+
+
+def _why(row: RowMapping, tried: Sequence[Mapping[str, Any]]) -> str:
     if row["served_model"] is None:
         return "no model answered"
     if row["cache"] != "miss":
         return REASONS.get(row["cache"], "from a cache")
+    if row["endpoint"] in OWN_CALLS:
+        return OWN_CALLS[row["endpoint"]]
     reason: str = REASONS.get(row["decision"], row["decision"] or "not recorded: its gateway died")
-    return reason if tried < 2 else f"{reason}; attempt {tried}, as the ones before failed"
+    served = max((number for number, attempt in enumerate(tried, 1) if _serves(attempt)), default=1)
+    before = tried[: served - 1]
+    if any(attempt["error"] == "escalated" for attempt in before):
+        return f"{reason}; attempt {served}, as the answer of a cheaper model was found wanting"
+    return reason if not before else f"{reason}; attempt {served}, as the ones before failed"
+
+
+def _serves(attempt: Mapping[str, Any]) -> bool:
+    """As `router/stages/exchange.py` tells which attempt's answer reached the caller."""
+    return attempt["outcome"] not in ("failed", "timeout") and attempt["error"] not in ASIDE
 
 
 def _usage(row: RowMapping) -> dict[str, int]:
