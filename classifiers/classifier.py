@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,7 @@ def _reason(characters: int, described: np.ndarray[Any, np.dtype[np.float32]], j
     """Say in words what the judgement rests on: the nearest kind of task, the size and what stands out."""
 
     def count(name: str) -> int:
-        return round(float(np.expm1(described[_INDEX[name]])))
+        return round(math.expm1(described[_INDEX[name]]))
 
     size = "short" if characters < 80 else "long" if characters > 1500 else ""
     kind = judgement.kind if judgement.familiar else "unfamiliar prompt"
@@ -151,8 +152,7 @@ def _reason(characters: int, described: np.ndarray[Any, np.dtype[np.float32]], j
         parts.append("contains code")
     if count("reasoning_words") >= 2:
         parts.append("asks for reasoning")
-    if count("instructions") >= 3:
-        parts.append(f"{count('instructions')} instructions")
-    if count("questions") >= 3:
-        parts.append(f"{count('questions')} questions")
+    for name in ("instructions", "questions"):
+        if (several := count(name)) >= 3:
+            parts.append(f"{several} {name}")
     return "; ".join(parts)[:MAX_REASON]

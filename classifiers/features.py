@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import re
+import string
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +47,9 @@ NAMES = (
 )
 
 # Every repetition is bounded: the patterns run on text that a caller chose. Patterns of words run on lower case,
-# which is quicker than ignoring case.
+# which is quicker than ignoring case. A pattern that begins with plain characters skips through a text several times
+# as fast as one that begins with \b or ^: the costly patterns run only where a quick one (`_MAY_BE_...`) found what
+# each of their matches contains.
 _WORD = re.compile(r"\w+")
 _CODE = re.compile(
     r"[{};][ \t]{0,8}$"
@@ -53,8 +57,15 @@ _CODE = re.compile(
     r"|\w\([^()\n]{0,80}\)[ \t]{0,8}[:{;]|=>|->|::|==|!=|&&|\|\||</\w{1,20}>|\bSELECT\b|\bself\.",
     re.MULTILINE,
 )
+_MAY_BE_CODE = re.compile(r"[{};(=>&|<]")
+_CODE_WORDS = ("::", "SELECT", "self.")
+_CODE_LINE = re.compile(
+    r"\n[ \t]{0,40}(?:def|class|import|from|func|fn|public|private|const|let|var|return|#include|for|while|if)\b"
+)
 _MATHS = re.compile(r"[=^<>+*/\u2200-\u22ff\u0391-\u03c9]|\\[a-z]+|\b\w\(\w\)")
+_MAY_BE_MATHS = re.compile(r"[=^<>+*/\\(\u2200-\u22ff\u0391-\u03c9]")
 _LIST = re.compile(r"^[ \t]{0,40}(?:[-*\u2022]|\d{1,2}[.)])[ \t]{1,8}\S|\b\d\)\s", re.MULTILINE)
+_MAY_BE_LIST = re.compile(r"[-*\u2022\d](?:[.)]|(?<!\d)[ \t])")
 _INSTRUCTIONS = (
     r"write|explain|list|compare|describe|give|find|show|prove|derive|design|implement|create|make|draft|plan|"
     r"summari[sz]e|translate|rewrite|convert|extract|classify|compute|calculate|evaluate|analy[sz]e|discuss|assess|"
@@ -79,12 +90,23 @@ _LOOKUP = re.compile(
     r"(?:what(?:'s| is| does| are| year)|who|when|where|how (?:many|much|tall|old|long|far|do i|do you say)|which|is|"
     r"are|does|do|can|name|spell|convert|translate|hi|hello|thanks)\b",
 )
-
+# The words of a text, and the groups of words that one of the three patterns above counts as one.
+_COUNTED = re.compile(
+    r"(?:trade-offs?|lock-free|root cause|counter-(?:example|argument)s?|failure modes?|at most|at least|"
+    r"no more than|do not|don't)\b|\w+"
+)
+_ASCII_LETTERS, _ASCII_UPPER = string.ascii_letters.encode(), string.ascii_uppercase.encode()
+_ASCII_DIGITS = string.digits.encode()
+# Turns what is no part of a word into spaces.
+_ONLY_WORDS = bytes(byte if chr(byte).isalnum() or byte == ord("_") else 32 for byte in range(128)) + bytes(
+    128
+)
 
 _QUOTATION = re.compile(
     r'"""[^"]{0,2000}"""|["\u201c\u201d\u201e\u00ab\u00bb][^"\u201c\u201d\u201e\u00ab\u00bb\n]{25,1500}["\u201c\u201d\u00ab\u00bb]'
 )
-_SENTENCE_END = re.compile(r"(?<=[.!?\u3002\uff1f])\s+|\n+")
+# White space after the end of a sentence, or line ends.
+_SENTENCE_END = re.compile(r"\s(?:(?<=[.!?\u3002\uff1f]\s)\s*|(?<=\n)\n*)")
 TASK_LIKENESS = 1.7
 _IMPERATIVE = re.compile(
     r"(?:(?:please|now|then|finally|first|and|also|question:|task:|q:)[ ,]{1,3})?(?:" + _INSTRUCTIONS + r"|"
@@ -112,6 +134,10 @@ _OPENINGS = {
     "opens_who": r"(?:who|when|where|whose|which|what|wer|wann|wo|welche|qui|quand|o\u00f9|quel|"
     r"qui\u00e9n|cu\u00e1ndo|d\u00f3nde|chi|qual|quando|onde|welke)\b",
 }
+# The features of each opening, last that of none.
+_OPENED_BY = {
+    name: tuple(1.0 if name == other else 0.0 for other in (*_OPENINGS, None)) for name in (*_OPENINGS, None)
+}
 _OPENING = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _OPENINGS.items()))
 _GREETING = re.compile(
     r"[\s'\"\u00bf\u00ab(-]{0,5}(?:(?:hi|hello|hey|please|ok|so|and|question|user|customer|guest|q)[,:!. ]{1,3}){0,2}"
@@ -125,7 +151,8 @@ _SMALL_ANSWER = re.compile(
 )
 _SIZE = re.compile(r"\b(\d{2,4})[ -]?(?:words?|lines|characters|minutes|pages?)\b")
 _FURTHER_REQUEST = re.compile(
-    r"(?:,|;|\band\b|\bthen\b)\s{1,3}(?:also |then |please )?(?:explain|say|state|show|tell|give|write|list|"
+    # "and" and "then" are whole words: what stands before is looked at after the first letter, see above.
+    r"(?:,|;|a(?<!\wa)nd|t(?<!\wt)hen)\s{1,3}(?:also |then |please )?(?:explain|say|state|show|tell|give|write|list|"
     r"compare|justify|argue|name|note|flag|mark|keep|design|prove|discuss|recommend|what|which|how|why|whether|who|where|"
     r"find|add|include|reconcile|defend|assess|propose|advise|suggest|predict|draft|identify|quantify|rank|bound|decide)\b",
 )
@@ -138,6 +165,8 @@ _GROUPS_OF: dict[str, tuple[int, ...]] = {
     word: tuple(at for at, group in enumerate(_GROUPS) if word in demand_words.GROUPS[group])
     for word in frozenset().union(*demand_words.GROUPS.values())
 }
+_PARTS = tuple(demand_words.PARTS.values())
+_NO_PARTS = (0.0,) * len(_PARTS)
 # Words at the beginning whose groups count once more.
 FIRST_WORDS = 6
 
@@ -171,6 +200,10 @@ def demand(text: str, task: str) -> NDArray[np.float32]:
 
     Counts come as log(1 + n), flags as 0 or 1, shares in 0..1.
     """
+    return np.array(_demand(text, task), dtype=np.float32)
+
+
+def _demand(text: str, task: str) -> tuple[float, ...]:
     task = task.lower().replace("\u2019", "'")
     words = _TOKEN.findall(task)
     size = len(words)
@@ -182,36 +215,32 @@ def demand(text: str, task: str) -> NDArray[np.float32]:
                 first[group] = 1.0
     greeting = _GREETING.match(task)
     opening = _OPENING.match(task, greeting.end() if greeting else 0)
-    begins = opening.lastgroup if opening else "opens_otherwise"
-    asked_size = _SIZE.search(task)
+    begins = opening.lastgroup if opening else None
+    numbers = len(_NUMBER.findall(task))
+    asked_size = _SIZE.search(task) if numbers else None
+    may_ask_why = "why" in task or "reason" in task or "because" in task
+    lengths = [*map(len, words)]
     log = math.log1p
-    return np.array(
-        (
-            *(log(count) for count in counts),
-            *first,
-            *(1.0 if name == begins else 0.0 for name in _OPENINGS),
-            1.0 if begins == "opens_otherwise" else 0.0,
-            *(
-                log(len(parts.findall(task))) if not task.isascii() else 0.0
-                for parts in demand_words.PARTS.values()
-            ),
-            1.0 if _SMALL_ANSWER.search(task) else 0.0,
-            log(float(asked_size[1])) / 4 if asked_size else 0.0,
-            log(len(_FURTHER_REQUEST.findall(task))),
-            log(len(_WHY.findall(task))),
-            log(len(_HOW.findall(task))),
-            log(size),
-            log(len(task)),
-            log(task.count(",") + task.count(";") + task.count(":")),
-            log(task.count("?")),
-            min(len(task) / max(len(text), 1), 1.0),
-            log(len(_NUMBER.findall(task))),
-            min(sum(map(len, words)) / max(size, 1), 20.0),
-            log(sum(len(word) > 9 for word in words)),
-            min(size, 12) / 12,
-            min(size, 25) / 25,
-        ),
-        dtype=np.float32,
+    return (
+        *map(log, counts),
+        *first,
+        *_OPENED_BY[begins],
+        *(_NO_PARTS if task.isascii() else (log(len(parts.findall(task))) for parts in _PARTS)),
+        1.0 if _SMALL_ANSWER.search(task) else 0.0,
+        log(float(asked_size[1])) / 4 if asked_size else 0.0,
+        log(len(_FURTHER_REQUEST.findall(task))),
+        log(len(_WHY.findall(task))) if may_ask_why else 0.0,
+        log(len(_HOW.findall(task))) if "how " in task else 0.0,
+        log(size),
+        log(len(task)),
+        log(task.count(",") + task.count(";") + task.count(":")),
+        log(task.count("?")),
+        min(len(task) / max(len(text), 1), 1.0),
+        log(numbers),
+        min(sum(lengths) / max(size, 1), 20.0),
+        log(len([length for length in lengths if length > 9])),
+        min(size, 12) / 12,
+        min(size, 25) / 25,
     )
 
 
@@ -268,45 +297,83 @@ def _task_likeness(sentence: str, first: bool, last: bool) -> float:
 
 def structure(text: str) -> NDArray[np.float32]:
     """Return the features of `NAMES` as float32, shape (18,). Counts come as log(1 + n), shares in 0..1."""
+    return np.array(_structure(text), dtype=np.float32)
+
+
+def _structure(text: str) -> tuple[float, ...]:
     part = excerpt(text)
     edges = part if len(part) <= 601 else f"{part[:300]}\n{part[-300:]}"
-    lowered = edges.lower()
     size = max(len(part), 1)
-    words = len(_WORD.findall(part))
-    letters = latin = upper = digits = 0
-    for character in edges:
-        if character.isalpha():
-            letters += 1
-            latin += character < "\u0250"
-            upper += character.isupper()
-        elif character.isdigit():
-            digits += 1
+    words = _count_words(part)
+    letters, upper, digits, latin = _count_characters(edges)
+    lowered = edges.lower()
+    counted_as = "".join(map(_counted_as, _COUNTED.findall(lowered)))
     log = math.log1p
-    return np.array(
-        (
-            log(len(text)),
-            log(words * len(text) / size),
-            log(part.count("\n")),
-            min(size / max(words, 1), 20.0),
-            log(len(_CODE.findall(part))),
-            1.0 if "```" in part else 0.0,
-            log(len(_MATHS.findall(edges))),
-            digits / max(len(edges), 1),
-            log(edges.count("?") + edges.count("\uff1f") + edges.count("\u061f")),
-            log(len(_LIST.findall(part))),
-            log(len(_INSTRUCTION.findall(lowered))),
-            log(len(_REASONING.findall(lowered))),
-            log(len(_CONSTRAINT.findall(lowered))),
-            1.0 if _LOOKUP.match(lowered) else 0.0,
-            log(edges.count(",") + edges.count(";") + edges.count(":")),
-            log(edges.count('"') + edges.count("\u201c")),
-            upper / max(letters, 1),
-            1.0 - latin / letters if letters else 0.0,
-        ),
-        dtype=np.float32,
+    return (
+        log(len(text)),
+        log(words * len(text) / size),
+        log(part.count("\n")),
+        min(size / max(words, 1), 20.0),
+        log(_count_code_signs(part)),
+        1.0 if "```" in part else 0.0,
+        log(len(_MATHS.findall(edges))) if _MAY_BE_MATHS.search(edges) else 0.0,
+        digits / max(len(edges), 1),
+        log(edges.count("?") + edges.count("\uff1f") + edges.count("\u061f")),
+        log(len(_LIST.findall(part))) if _MAY_BE_LIST.search(part) else 0.0,
+        log(counted_as.count("i")),
+        log(counted_as.count("r")),
+        log(counted_as.count("c")),
+        1.0 if _LOOKUP.match(lowered) else 0.0,
+        log(edges.count(",") + edges.count(";") + edges.count(":")),
+        log(edges.count('"') + edges.count("\u201c")),
+        upper / max(letters, 1),
+        1.0 - latin / letters if letters else 0.0,
     )
+
+
+# Prompts share most of their words. A word has at most 601 characters, so the cache is bounded in bytes, too.
+@lru_cache(maxsize=8192)
+def _counted_as(words: str) -> str:
+    """Say as what a match of `_COUNTED` counts: i(nstruction), r(easoning), c(onstraint), several or none of them."""
+    return (
+        ("i" if _INSTRUCTION.fullmatch(words) else "")
+        + ("r" if _REASONING.fullmatch(words) else "")
+        + ("c" if _CONSTRAINT.fullmatch(words) else "")
+    )
+
+
+def _count_words(text: str) -> int:
+    if text.isascii():
+        return len(text.encode().translate(_ONLY_WORDS).split())
+    return len(_WORD.findall(text))
+
+
+def _count_characters(text: str) -> tuple[int, int, int, int]:
+    """Count letters, capital letters, digits and letters of the Latin script."""
+    ascii_part = text.encode("ascii", "ignore")
+    size = len(ascii_part)
+    letters = latin = size - len(ascii_part.translate(None, _ASCII_LETTERS))
+    upper = size - len(ascii_part.translate(None, _ASCII_UPPER))
+    digits = size - len(ascii_part.translate(None, _ASCII_DIGITS))
+    if size < len(text):
+        for character in text:
+            if character <= "\x7f":
+                continue
+            if character.isalpha():
+                letters += 1
+                latin += character < "\u0250"
+                upper += character.isupper()
+            elif character.isdigit():
+                digits += 1
+    return letters, upper, digits, latin
+
+
+def _count_code_signs(text: str) -> int:
+    if _MAY_BE_CODE.search(text) or any(sign in text for sign in _CODE_WORDS):
+        return len(_CODE.findall(text))
+    return len(_CODE_LINE.findall(f"\n{text}"))
 
 
 def describe(text: str, task: str) -> NDArray[np.float32]:
     """Return `structure` and `demand` side by side, shape (len(ALL_NAMES),); `task` is the text's `focus`."""
-    return np.concatenate((structure(text), demand(text, task)))
+    return np.array((*_structure(text), *_demand(text, task)), dtype=np.float32)

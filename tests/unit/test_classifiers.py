@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from classifiers import features
 from classifiers.classifier import Classifier, Verdict
-from classifiers.encoder import DATA_DIRECTORY
+from classifiers.encoder import DATA_DIRECTORY, REMEMBERED_WORDS, bounded, load_tokenizer
 from classifiers.head import CLASSES, class_of
 
 CLASSIFIER = Classifier.load()
@@ -175,6 +175,126 @@ def test_structural_features_count_what_they_name() -> None:
     assert of("Explain it, then compare and list")["instructions"] == pytest.approx(np.log(4))
     assert of("HELLO")["upper_share"] == 1.0
     assert of("")["log_characters"] == 0.0
+
+
+# Fragments that the quick ways of counting and splitting could take for something else, between plain letters.
+FRAGMENTS = (
+    *" \n\t\r\x0b\x00.,;:?!-_'\"*()[]{}<>=+/\\&|#1e\u0301",
+    *(
+        "é",
+        "İ",
+        "ß",
+        "²",
+        "٣",
+        "数",
+        "\u2019",
+        "\u201c",
+        "\u00a0",
+        "a" * 101,
+        "[MASK]",
+        "[mask]",
+        "Why",
+        "prove",
+        "WITHOUT",
+    ),
+    *(
+        "root cause",
+        "failure modes",
+        "lock-free",
+        "trade-offs",
+        "tradeoff",
+        "counter-example",
+        "at most",
+        "do not",
+    ),
+    *(
+        "don't",
+        "no more than",
+        "and then ",
+        "explain ",
+        "1) ",
+        "2.",
+        "- ",
+        "\n  return ",
+        "if(",
+        "self.",
+        "SELECT",
+        "=>",
+    ),
+)
+MIXTURES = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=5), max_size=60).map("".join)
+
+
+@given(MIXTURES)
+@settings(max_examples=300, deadline=None)
+def test_quick_counts_are_those_of_the_patterns(text: str) -> None:
+    counted = dict(zip(features.NAMES, np.expm1(features.structure(text).astype(float)), strict=True))
+    part, lowered = features.excerpt(text), text.lower()
+    if len(text) <= 601:
+        for name, pattern, read in (
+            ("log_words", features._WORD, part),
+            ("code_signs", features._CODE, part),
+            ("maths_signs", features._MATHS, part),
+            ("list_items", features._LIST, part),
+            ("instructions", features._INSTRUCTION, lowered),
+            ("reasoning_words", features._REASONING, lowered),
+            ("constraint_words", features._CONSTRAINT, lowered),
+        ):
+            assert round(counted[name]) == len(pattern.findall(read)), name
+    letters = [character for character in text if character.isalpha()]
+    assert features._count_characters(text) == (
+        len(letters),
+        sum(letter.isupper() for letter in letters),
+        sum(character.isdigit() and not character.isalpha() for character in text),
+        sum(letter < "\u0250" for letter in letters),
+    )
+    task = lowered.replace("\u2019", "'")
+    demanded = dict(
+        zip(features.DEMAND_NAMES, np.expm1(features.demand(text, text).astype(float)), strict=True)
+    )
+    for name, pattern in (
+        ("asks_why", features._WHY),
+        ("asks_how", features._HOW),
+        ("task_numbers", features._NUMBER),
+    ):
+        assert round(demanded[name]) == len(pattern.findall(task)), name
+
+
+TOKENIZER = load_tokenizer(DATA_DIRECTORY / "tokenizer.json", max_pieces=None)
+
+
+@given(MIXTURES | st.text(st.characters(max_codepoint=127), max_size=300))
+@settings(max_examples=300, deadline=None)
+def test_remembered_words_give_the_pieces_of_the_tokenizer(text: str) -> None:
+    text = bounded(text)
+    assert CLASSIFIER.static._pieces(text) == TOKENIZER.encode(text, add_special_tokens=False).ids
+
+
+def test_all_prompts_are_split_as_by_the_tokenizer_and_judged_as_in_training() -> None:
+    texts = [row["text"] for row in rows_of("prompts/*.jsonl") + rows_of("paraphrases.jsonl")]
+    tasks = [features.focus(text) for text in texts]
+    for task in (*tasks, *texts, *ODD):
+        ids = TOKENIZER.encode(bounded(task), add_special_tokens=False).ids
+        assert CLASSIFIER.static._pieces(bounded(task)) == ids
+    vectors = CLASSIFIER.static.encode(tasks)
+    described = np.stack([features.describe(text, task) for text, task in zip(texts, tasks, strict=True)])
+    head = CLASSIFIER._static_head
+    view = head.view(vectors, described)
+    difficulties = view.probabilities @ (0.0, 0.5, 1.0)
+    for at, (vector, row) in enumerate(zip(vectors, described, strict=True)):
+        judgement = head.judge(vector, row)
+        assert judgement.probabilities == pytest.approx(view.probabilities[at].tolist(), abs=1e-5)
+        assert judgement.prompt_class == class_of(difficulties[at])
+        assert judgement.kind == head._kinds[head._labelled_kinds[view.nearest[at]]]
+
+
+def test_the_words_remembered_are_bounded() -> None:
+    static = Classifier.load().static
+    static.encode(
+        [" ".join(f"w{number}" for number in range(start, start + 1000)) for start in range(0, 30_000, 1000)]
+    )
+    static.encode(["x" * 41])
+    assert 0 < static._remembered.cache_info().currsize <= REMEMBERED_WORDS
 
 
 def test_the_reason_never_repeats_the_prompt() -> None:
