@@ -58,7 +58,8 @@ _CODE = re.compile(
     re.MULTILINE,
 )
 _MAY_BE_CODE = re.compile(r"[{};(=>&|<]")
-_CODE_WORDS = ("::", "SELECT", "self.")
+_MAY_BE_CODE_TOO = ("::", "SELECT", "self.")
+# What of `_CODE` is left where neither is found; each line stands after a line end.
 _CODE_LINE = re.compile(
     r"\n[ \t]{0,40}(?:def|class|import|from|func|fn|public|private|const|let|var|return|#include|for|while|if)\b"
 )
@@ -98,8 +99,8 @@ _COUNTED = re.compile(
 _ASCII_LETTERS, _ASCII_UPPER = string.ascii_letters.encode(), string.ascii_uppercase.encode()
 _ASCII_DIGITS = string.digits.encode()
 # Turns what is no part of a word into spaces.
-_ONLY_WORDS = bytes(byte if chr(byte).isalnum() or byte == ord("_") else 32 for byte in range(128)) + bytes(
-    128
+_ONLY_WORDS = bytes(
+    ord(c) if ord(c) < 128 and (c.isalnum() or c == "_") else 32 for c in map(chr, range(256))
 )
 
 _QUOTATION = re.compile(
@@ -369,7 +370,7 @@ def _count_characters(text: str) -> tuple[int, int, int, int]:
 
 
 def _count_code_signs(text: str) -> int:
-    if _MAY_BE_CODE.search(text) or any(sign in text for sign in _CODE_WORDS):
+    if _MAY_BE_CODE.search(text) or any(sign in text for sign in _MAY_BE_CODE_TOO):
         return len(_CODE.findall(text))
     return len(_CODE_LINE.findall(f"\n{text}"))
 
