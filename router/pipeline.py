@@ -10,8 +10,8 @@ share; the request that started it books it, the others book nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from router.core.errors import Overloaded, RequestError, UnavailableError
@@ -88,7 +88,8 @@ class Pipeline:
                 subscription = flight.subscribe()
                 head = await subscription.head()
             if flight.leader is not exchange:
-                self.settle.open(exchange)
+                with _accounted():
+                    self.settle.open(exchange)
             yield await self._live(exchange, subscription, head)
         except BaseException as error:
             if flight.leader is not exchange:
@@ -154,14 +155,10 @@ class Pipeline:
             exchange.advice = self.classify.aside(exchange.request.prompt)
         await self.semantic.find(exchange)  # only measures so far
         self.decide.choose(exchange, self.draw())
-        try:
+        with _accounted():
             await self.reserve.hold(exchange, lambda: self.decide.downgraded(exchange))
             self.settle.open(exchange)
             await self.cascade.run(exchange, flight)  # dispatch, and a second opinion where asked for
-        except UnavailableError as away:
-            raise Overloaded(
-                "The gateway cannot account for this request right now. Try again shortly.", retry_after=2
-            ) from away
 
     def _landed(self, exchange: Exchange, flight: Flight) -> None:
         """The flight has ended, however: it is booked once, and a complete answer is kept."""
@@ -208,3 +205,14 @@ class Pipeline:
         record = flight.leader.record
         usage, cost = (record.usage, record.cost) if record is not None else (Usage(), None)
         self.settle.from_cache(exchange, usage, cost, flight.head.model, flight.head.provider)
+
+
+@contextmanager
+def _accounted() -> Iterator[None]:
+    """A request that cannot be accounted for is not made."""
+    try:
+        yield
+    except UnavailableError as away:
+        raise Overloaded(
+            "The gateway cannot account for this request right now. Try again shortly.", retry_after=2
+        ) from away

@@ -146,12 +146,14 @@ class NothingMeets(RequestError):
 
 
 class UpstreamFailed(RequestError):
-    """502: every model of the plan failed. Never carries the provider's text."""
+    """502: every model of the plan failed. Never carries the provider's text.
+
+    The gateway is the only layer that retries: a client that did so too would multiply its attempts.
+    """
 
     status = 502
     type = "server_error"
     code = "upstream_failed"
-    retry = True
 
 
 class UpstreamTimedOut(UpstreamFailed):

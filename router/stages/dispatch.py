@@ -85,6 +85,8 @@ class _Trial:
     tap: StreamTap | None = None
     status: int | None = None
     first_token: float | None = None
+    reported: Usage | None = None
+    """Usage of an answer that could not be passed on."""
 
 
 class Dispatch:
@@ -292,6 +294,7 @@ class Dispatch:
         if facts is None:
             raise UpstreamError("protocol", "the answer is not a JSON object")
         if not facts.finish_reasons:
+            trial.reported = facts.usage  # of no use to the caller, and billed all the same
             raise UpstreamError("protocol", "the answer holds no choice")
         usage, estimated = (
             (facts.usage, facts.usage_contradicts)
@@ -432,6 +435,8 @@ class Dispatch:
     def _usage(self, exchange: Exchange, trial: _Trial, error: str | None) -> tuple[Usage, bool]:
         """What this attempt used and whether that is an estimate."""
         tap = trial.tap
+        if trial.reported is not None:
+            return trial.reported, False
         if tap is not None and tap.usage is not None:
             return tap.usage, tap.usage_contradicts
         if error in ("connect", "status", "quota", "rejected") or (

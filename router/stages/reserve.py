@@ -126,7 +126,8 @@ def output_held(request: ChatRequest, model: ModelSpec, policy: EffectivePolicy)
         assume_max_output=policy.assume_max_output,
         max_output=model.max_output,
         context=model.context,
-        input_tokens=request.input_tokens,
+        # An estimate may be far too high (pictures, rare scripts), and what it leaves out would not be held.
+        input_tokens=request.input_tokens // 2,
     )
 
 

@@ -436,3 +436,31 @@ async def test_four_processes_fill_one_window_and_never_pass_its_cap(
     assert 0.9 * cap <= sum(spent) <= cap
     assert all(amount > 0 for amount in spent)
     assert await state(store, window) == (sum(spent), 0)
+
+
+async def test_workers_of_other_machines_count_for_the_share(server: ValkeyServer) -> None:
+    window = BudgetWindow("team:many", "2026-11")
+    source = MemorySpendSource({window: 0})
+    connections = [connect(server.url) for _ in range(3)]
+    stores = [
+        RedisBudgetStore(connection, source, RunningClock(), workers=1, ledger_lag=LAG)
+        for connection in connections
+    ]
+    charge = [BudgetCharge(window, NanoUSD(900))]
+    for number, store in enumerate(stores):
+        assert isinstance(await store.reserve(f"first-{number}", charge, NanoUSD(0)), Granted)
+    await asyncio.sleep(2.5)
+    server.freeze()
+    try:
+        alone = stores[0]
+        granted = 0
+        for number in range(40):
+            outcome = await alone.reserve(f"alone-{number}", charge, NanoUSD(50))
+            granted += isinstance(outcome, Granted)
+            await asyncio.sleep(0.05)
+        assert 0 < granted * 50 <= 300  # a third of 900, not all of it
+    finally:
+        server.thaw()
+        for store, connection in zip(stores, connections, strict=True):
+            await store.close()
+            await connection.close()

@@ -33,7 +33,7 @@ from functools import partial
 from itertools import islice
 
 from router.adapters.redis_store.connection import RedisConnection
-from router.adapters.redis_store.scripts import KEEP_MS, READ, RESERVE, RESTORE, SEED, SETTLE
+from router.adapters.redis_store.scripts import ANNOUNCE, KEEP_MS, READ, RESERVE, RESTORE, SEED, SETTLE
 from router.core.errors import UnavailableError
 from router.core.ports import BudgetCharge, BudgetReading, Clock, Denied, Granted, SpendSource
 from router.core.types import BudgetWindow, NanoUSD
@@ -47,6 +47,9 @@ _BATCH = 64
 # A window is near its cap when less than half is left.
 _NEAR = 2
 _REFRESH_EVERY = 1.0
+_WORKERS_KEY = f"{_TAG}:workers"
+_SILENT_MS = 30_000
+"""Long enough that a worker which just lost Redis, as the others may at that moment, still counts."""
 _REFRESHED = 100
 _NEVER_READ = "a budget cannot be read: Redis or the ledger is away, and this worker has not read it before"
 
@@ -99,8 +102,9 @@ class _Last:
 class RedisBudgetStore:
     """See the port `BudgetStore`. The connection is shared: `close` leaves it open.
 
-    `workers`: how many processes share these budgets. `hold_ttl`, `ledger_lag`: seconds. `max_pending`:
-    settlements kept while Redis is away; beyond it the windows concerned are seeded anew instead.
+    `workers`: how many processes share these budgets at least; those of other machines announce themselves.
+    `hold_ttl`, `ledger_lag`: seconds. `max_pending`: settlements kept while Redis is away; beyond it the windows
+    concerned are seeded anew instead.
     """
 
     def __init__(
@@ -117,6 +121,8 @@ class RedisBudgetStore:
         self._source = source
         self._clock = clock
         self._workers = max(1, workers)
+        self._seen_workers = self._workers
+        self._worker_id = secrets.token_hex(8)
         self._hold_ttl_ms = int(hold_ttl * 1000)
         self._ledger_lag = ledger_lag
         self._max_pending = max_pending
@@ -264,7 +270,13 @@ class RedisBudgetStore:
         while True:
             await asyncio.sleep(_REFRESH_EVERY)
             windows = list(islice(self._last, _REFRESHED))
-            if self._connection.up and windows:
+            if not self._connection.up:
+                continue
+            with contextlib.suppress(UnavailableError):
+                self._seen_workers = int(
+                    await self._connection.run(ANNOUNCE, [_WORKERS_KEY], [self._worker_id, _SILENT_MS])
+                )
+            if windows:
                 keys = [key for window in windows for key in (_window_key(window), _expiry_key(window))]
                 with contextlib.suppress(UnavailableError):
                     for window in self._note(windows, await self._connection.run(READ, keys, ())):
@@ -419,7 +431,7 @@ class RedisBudgetStore:
             if last is None:
                 raise UnavailableError(_NEVER_READ)
             left = max(0, charge.cap - last.spent - last.held)
-            share = left // self._workers
+            share = left // max(self._workers, self._seen_workers)
             if self._connection.suspected and left * _NEAR < charge.cap:
                 share = 0
             if last.alone + amount > share:

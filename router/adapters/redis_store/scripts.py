@@ -162,3 +162,16 @@ redis.call('ZADD', KEYS[3], now + tonumber(ARGV[3]), ARGV[1])
 return 1
 """
 )
+
+# KEYS: the sorted set of workers. ARGV: this worker's id, ms after which a silent one no longer counts. Reply:
+# how many are alive.
+ANNOUNCE = Script(
+    """#!lua
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('ZADD', KEYS[1], now, ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2])
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return redis.call('ZCARD', KEYS[1])
+"""
+)
