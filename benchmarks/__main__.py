@@ -42,7 +42,7 @@ from benchmarks.valkey import Valkey
 PARTS = ("start", "named", "routed", "transformer", "hits", "valkey", "streams", "litellm", "installed")
 NAMED = "middle"
 MANY = 16
-CLOSE_RATE = 600
+CLOSE_RATE = 300
 """Prompts for the transformer set apart for a second: more than one connection can ask it."""
 STREAMS_AT_ONCE = 16
 STARTS = 3

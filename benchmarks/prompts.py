@@ -26,8 +26,8 @@ STATIC = (
     "Explain how a %s works compared with a %s and a %s.",
     "Design a distributed %s store with a %s log and a %s index, and discuss trade-offs.",
 )
-# The static verdict of most of these is too close to call; 21 word pieces.
-CLOSE = ("Summarise in one sentence: the %s was sold with the %s because the %s broke.",)
+# The static verdict of about a third of these is too close to call; 21 word pieces.
+CLOSE = ("Is a %s heavier than a %s? Work it out from the size of the %s first.",)
 CLOSE_PIECES = 21
 # One prompt, sent again and again.
 SAME = ("Explain why the sky is blue to a child of ten in three sentences.",)
@@ -58,15 +58,18 @@ def prompt(templates: Sequence[str], number: int) -> str:
 
 
 def close_prompts(count: int) -> list[str]:
-    """Different prompts of CLOSE_PIECES word pieces for which the classifier wants the transformer."""
+    """Different prompts of CLOSE_PIECES word pieces for which the classifier wants the transformer and believes it."""
     from classifiers.classifier import Classifier
 
     classifier, found, number = Classifier.load(), list[str](), 0
     while len(found) < count:
         text = prompt(CLOSE, number)
-        if classifier.needs_transformer(classifier.classify(text)):
+        verdict = classifier.classify(text)
+        if classifier.needs_transformer(verdict) and classifier.refine(text, verdict) is not verdict:
             found.append(text)
         number += 1
+        if number >= 20 * count:
+            raise RuntimeError("the classifier is too sure of CLOSE: write a template it finds hard to judge")
     return found
 
 
