@@ -58,7 +58,7 @@ def prompt(templates: Sequence[str], number: int) -> str:
 
 
 def close_prompts(count: int) -> list[str]:
-    """Different prompts of CLOSE_PIECES word pieces for which the classifier wants the transformer and believes it."""
+    """Different prompts of CLOSE_PIECES word pieces for which the classifier asks the transformer and believes it."""
     from classifiers.classifier import Classifier
 
     classifier, found, number = Classifier.load(), list[str](), 0
