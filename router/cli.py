@@ -346,10 +346,11 @@ def _engine(settings: Settings) -> Engine:
     """The database, migrated where it is the embedded one. Raises ConfigurationError with the remedy."""
     from router.adapters.sql.database import migrate, open_engine, schema_problem
 
-    if settings.embedded:
-        migrate(settings.database_url)
     engine = open_engine(settings.database_url)
     problem = schema_problem(engine)
+    if problem is not None and settings.embedded:
+        migrate(settings.database_url)
+        problem = schema_problem(engine)
     if problem is not None:
         raise ConfigurationError(f"{problem}. Run 'farthing migrate'.")
     return engine
