@@ -17,8 +17,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import httpx
+import sqlalchemy as sa
 
 from benchmarks.acceptance.common import Answer, Verdict, ask, folder, run, session
+from router.adapters.sql.schema import request_features
 from tests.e2e.gateway import REPOSITORY, Gateway, until
 from tests.e2e.provider import Provider
 from tests.unit.broken_variants import VARIANTS
@@ -102,6 +104,13 @@ def probes(ask_it: Asker, provider: Provider) -> dict[str, tuple[Probe, Any, Any
         answer = ask_it("search", headers={"x-farthing-tags": "data=pii"}, prompt=medium)
         return str(answer.headers.get("x-farthing-model") or answer.json()["error"]["code"])
 
+    def kept_to_learn_from() -> bool:
+        answer = ask_it("search")
+        ask_it.row(answer)
+        wanted = request_features.c.request_id == answer.headers["x-request-id"]
+        with ask_it.gateway.engine.connect() as connection:
+            return connection.execute(sa.select(request_features).where(wanted)).first() is not None
+
     return {
         "01": (lambda: under("support", None, "team:support"), False, True),
         "02": (lambda: model("search", model="gpt-4o"), "gpt-4o", "403"),
@@ -113,6 +122,7 @@ def probes(ask_it: Asker, provider: Provider) -> dict[str, tuple[Probe, Any, Any
         "08": (lambda: under("search", "faq-bot", "app:search/faq-bot"), False, True),
         "09": (failing_small, "mini", "gpt-4o"),
         "10": (lambda: model("support", model="frontier") != "frontier", False, True),
+        "11": (kept_to_learn_from, False, True),
     }
 
 
