@@ -99,8 +99,8 @@ async def main() -> int:
             share(slowed + 30) < 0.05, f"30 s after slowing: {share(slowed + 30):.1%} goes to small"
         )
         verdict.check(
-            0 < share(restored, 15.0) < 0.05,
-            f"the 15 s before restoring: {share(restored, 15.0):.1%} (probes)",
+            0 < share(restored, 30.0) < 0.05,
+            f"the 30 s before restoring: {share(restored, 30.0):.1%} (probes, about six of them)",
         )
         verdict.check(
             share(restored + 60) >= 0.8, f"60 s after restoring: {share(restored + 60):.1%} goes to small"
