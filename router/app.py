@@ -23,7 +23,7 @@ from router.adapters.redis_store.caches import RedisCacheStore
 from router.adapters.redis_store.connection import RedisConnection, connect
 from router.adapters.redis_store.secret_check import shares_secret
 from router.adapters.sql.artefacts import ArtefactWatch
-from router.adapters.sql.database import migrate, open_engine, schema_problem
+from router.adapters.sql.database import open_engine, prepare_schema
 from router.adapters.sql.keys import SqlKeyDirectory
 from router.adapters.sql.labels import SqlFeedback
 from router.adapters.sql.policies import PolicyVersion, record_policy
@@ -250,11 +250,9 @@ class Gateway:
     def _prepare_schema(self) -> None:
         shown = without_password(self.settings.database_url)
         try:
-            problem = schema_problem(self._engine)
-            if problem is not None and self.settings.embedded:
-                # Only where it is needed: alembic takes a fifth of a second to import.
-                migrate(self.settings.database_url)
-                problem = schema_problem(self._engine)
+            problem = prepare_schema(
+                self._engine, self.settings.database_url, embedded=self.settings.embedded
+            )
         except UnavailableError as error:
             raise ConfigurationError(
                 f"The database at {shown} does not answer ({error}). Start it, or correct FARTHING_DATABASE_URL."

@@ -344,13 +344,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _engine(settings: Settings) -> Engine:
     """The database, migrated where it is the embedded one. Raises ConfigurationError with the remedy."""
-    from router.adapters.sql.database import migrate, open_engine, schema_problem
+    from router.adapters.sql.database import open_engine, prepare_schema
 
     engine = open_engine(settings.database_url)
-    problem = schema_problem(engine)
-    if problem is not None and settings.embedded:
-        migrate(settings.database_url)
-        problem = schema_problem(engine)
+    problem = prepare_schema(engine, settings.database_url, embedded=settings.embedded)
     if problem is not None:
         raise ConfigurationError(f"{problem}. Run 'farthing migrate'.")
     return engine

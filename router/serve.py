@@ -260,7 +260,7 @@ class _Supervisor:
             [sys.executable, "-m", "router.serve", json.dumps(arguments)],
             stdin=subprocess.PIPE,  # never written to: it ends with this process
             pass_fds=[sock.fileno() for sock in sockets],
-            env=worker_environment(settings, {}),
+            env=worker_environment(settings),
         )
         self._workers[index] = (process, time.monotonic())
 

@@ -93,13 +93,12 @@ def read_settings(
     )
 
 
-def worker_environment(settings: Settings, extra: Mapping[str, str]) -> dict[str, str]:
+def worker_environment(settings: Settings) -> dict[str, str]:
     """The environment a worker process is started with."""
     return {
         **settings.environment,
         "FARTHING_CONFIG": str(settings.config),
         "FARTHING_DATA_DIR": str(settings.data),
-        **extra,
     }
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 
 from router.core.openai_wire import StreamTap, json_to_sse, sse_to_json
-from router.core.types import NANO_PER_USD, ChatRequest, NanoUSD
+from router.core.pricing import usd
+from router.core.types import ChatRequest, NanoUSD
 from router.stages.exact import StoredAnswer
 from router.stages.exchange import Exchange
 from router.stages.flight import Head
@@ -109,7 +109,7 @@ def _in_form(body: bytes, stream: bool, request: ChatRequest) -> bytes:
 
 def _usd(amount: NanoUSD) -> str:
     """Exact, without an exponent and without zeros at the end."""
-    text = f"{Decimal(amount) / NANO_PER_USD:.9f}"
+    text = f"{usd(amount):.9f}"
     return text.rstrip("0").rstrip(".")
 
 

@@ -9,8 +9,8 @@ from router.core.decide import NoPlan, Plan
 from router.core.errors import BudgetExceeded, BudgetHeld, FarthingError, InvalidRequest, RequestError
 from router.core.policy import BudgetLimit, EffectivePolicy, ModelSpec
 from router.core.ports import BudgetCharge, BudgetStore, Denied
-from router.core.pricing import output_bound, worst_case
-from router.core.types import NANO_PER_USD, BudgetWindow, ChatRequest, NanoUSD
+from router.core.pricing import output_bound, usd, worst_case
+from router.core.types import BudgetWindow, ChatRequest, NanoUSD
 from router.stages.exchange import Exchange
 
 _BOUNDED_NEEDS = frozenset({"tools", "json_schema", "vision", "audio"})
@@ -167,4 +167,4 @@ def _refusal(denied: Denied) -> RequestError:
 
 
 def _usd(amount: int) -> str:
-    return f"{amount / NANO_PER_USD:.4f}"
+    return f"{usd(amount):.4f}"
