@@ -830,6 +830,8 @@ class Simulator:
                         await _piece(line.send, b"", more=False)
                         return
                     else:
+                        # A reset takes back what the other side has not read yet: let it read the first half.
+                        await line.wait(_BEFORE_RESET)
                         raise _Aborted
                 sent += 1
                 call.completion_tokens += 1
@@ -934,6 +936,8 @@ def _pieces(answers: Sequence[_Answer], logprobs: bool) -> Iterable[tuple[str, i
 # ---- ASGI ----
 
 _TRANSPORT = "farthing.reset"
+_BEFORE_RESET = 0.1
+"""Seconds between the first half of an answer and the reset that breaks it off."""
 
 
 def _writer(line: _Line, fault: str | None) -> Callable[[bytes], Awaitable[None]]:

@@ -90,11 +90,15 @@ def test_a_passing_fault_is_retried(
 
 @pytest.mark.parametrize("fault", ["cut", "reset", "error-midstream", "silence"])
 def test_a_stream_that_breaks_ends_with_an_error(gateway: Gateway, unique: Unique, fault: str) -> None:
-    answer = gateway.chat(gateway.key("search"), unique("Hi"), model=f"bad-{fault}", stream=True)
-    if answer.headers["x-farthing-model"] == "middle":
-        pytest.fail("the fault did not strike")
-    events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
-    assert "[DONE]" not in events
+    # A reset takes back what has not been read yet: on a busy machine that may be nearly all. Once will do.
+    for _ in range(4 if fault == "reset" else 1):
+        answer = gateway.chat(gateway.key("search"), unique("Hi"), model=f"bad-{fault}", stream=True)
+        if answer.headers["x-farthing-model"] == "middle":
+            pytest.fail("the fault did not strike")
+        events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line[:6] == "data: "]
+        assert "[DONE]" not in events
+        if len(events) > 2:
+            break
     assert set(json.loads(events[-1])["error"]) == {"message", "type", "param", "code"}
     finishes = [c["finish_reason"] for e in events[:-1] for c in json.loads(e)["choices"]]
     assert not any(finishes)
