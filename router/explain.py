@@ -46,7 +46,7 @@ _SCALARS = (
     "on_unpriced_model",
     "advise",
 )
-_CACHE = ("exact", "semantic", "max_error", "ttl", "scope")
+_CACHE = ("exact", "semantic", "max_error", "ttl", "scope", "quota", "check")
 _REQUIREMENT = ("min_quality", "first_token_p95", "total_p95", "confidence", "cascade")
 BUILT_IN = "the default"
 

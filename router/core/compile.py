@@ -584,7 +584,7 @@ def _cache(chain: Sequence[Settings]) -> CachePolicy:
         values = (getattr(layer.cache, name) for layer in chain)
         return next((value for value in values if value is not None), getattr(plain, name))
 
-    return CachePolicy(field("exact"), field("semantic"), field("max_error"), field("ttl"), field("scope"))
+    return CachePolicy(**{name: field(name) for name in CachePolicy.__dataclass_fields__})
 
 
 def _limit(key: str, entry: BudgetEntry | None, widened: Sequence[BudgetEntry | None]) -> BudgetLimit | None:
@@ -646,6 +646,8 @@ def describe(effective: EffectivePolicy) -> dict[str, Any]:
             "max_error": str(effective.cache.max_error),
             "ttl": effective.cache.ttl,
             "scope": effective.cache.scope,
+            "quota": effective.cache.quota,
+            "check": str(effective.cache.check),
         },
         "advise": str(effective.advise),
         "budgets": [

@@ -97,11 +97,18 @@ class LearnPolicy:
 
 @dataclass(frozen=True, slots=True)
 class CachePolicy:
+    """`max_error`: wrong answers / answers served by likeness. `ttl` in seconds. `quota`: bytes a team's answers may
+    take in the semantic cache. `check`: share of its answers that is compared with a fresh one, paid from the budget
+    of learning.
+    """
+
     exact: bool = True
     semantic: SemanticMode = "never"
     max_error: Decimal = Decimal("0.01")
     ttl: float = 86_400.0
     scope: CacheScope = "team"
+    quota: int = 64_000_000
+    check: Decimal = Decimal(0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,6 +233,22 @@ def _clock(value: object) -> time:
     raise wrong(f"{shown(text)} is not a time of day", remedy)
 
 
+_SIZE = re.compile(r"([0-9]{1,6})(kB|MB|GB)")
+_BYTES = {"kB": 1_000, "MB": 1_000_000, "GB": 1_000_000_000}
+
+
+def _size(value: object) -> int:
+    text = _text(value, "a size", "64MB")
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        loose = re.fullmatch(r"([0-9]{1,6}) ?([kmg])i?b?", text.lower())
+        unit = {"k": "kB", "m": "MB", "g": "GB"}[loose[2]] if loose else ""
+        raise wrong(
+            f"{shown(text)} is not a size", f"write {loose[1]}{unit}" if loose else "write 64MB or 1GB"
+        )
+    return int(match[1]) * _BYTES[match[2]]
+
+
 def _zone(value: object) -> str:
     text = _text(value, "a time zone", "UTC or Europe/Berlin")
     try:
@@ -328,6 +344,9 @@ Latency = Annotated[
 ]
 Confidence = Annotated[
     Decimal | None, BeforeValidator(_confidence), _json(_NUMERIC, description="95% or 0.95, or none")
+]
+Size = Annotated[
+    int, BeforeValidator(_size), _json("string", pattern=_SIZE.pattern, description="500kB, 64MB or 1GB")
 ]
 Flag = Annotated[bool, BeforeValidator(_flag), _json("boolean")]
 Day = Annotated[date, BeforeValidator(_date), _json("string", pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
@@ -558,6 +577,8 @@ class CacheEntry(Entry):
     max_error: Share | None = None
     ttl: Duration | None = None
     scope: Scope | None = None
+    quota: Size | None = None
+    check: Share | None = None
 
 
 class Settings(Entry):

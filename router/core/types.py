@@ -12,6 +12,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal, NewType
 
+from router.core.cached import CacheCandidate, CacheLabel
 from router.core.learning import Label
 
 NanoUSD = NewType("NanoUSD", int)
@@ -220,6 +221,7 @@ class RequestRecord:
 
     What follows `attempts` is there only where the policy learns: `features` packed for the encoder named beside
     them (`classifiers.prompt_features`), `prompt` only with `keep_prompts`, `labels` from automatic signals.
+    `candidate` is what the semantic cache found, `cache_labels` what is known of the answers it found.
     """
 
     id: str
@@ -269,6 +271,8 @@ class RequestRecord:
     features_encoder: str | None = None
     prompt: str | None = None
     labels: tuple[Label, ...] = ()
+    candidate: CacheCandidate | None = None
+    cache_labels: tuple[CacheLabel, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
