@@ -1,4 +1,4 @@
-"""Valkey is frozen, killed and comes back empty while 50 requests a second run, some of which the caches could answer.
+"""Valkey is frozen, killed and comes back empty while 50 requests a second run, some of which the caches answer.
 
 Bar: no request fails, what is added at p99 once the breaker has opened is at most 50 ms, and the caches answer again
 within 5 s. The same load on a healthy store, in the same run, is what "added" is measured against. `--rate N`,
@@ -178,6 +178,9 @@ async def one_run(verdict: Verdict, where: Path, rate: float, seconds: float, wo
                 # A replica of nothing answers reads and refuses writes.
                 server.command("REPLICAOF", "127.0.0.1", "1")
 
+            def empty() -> None:
+                server.command("FLUSHALL")
+
             def writable() -> None:
                 server.command("REPLICAOF", "NO", "ONE")
 
@@ -187,7 +190,7 @@ async def one_run(verdict: Verdict, where: Path, rate: float, seconds: float, wo
             await phase(
                 verdict,
                 "emptied",
-                lambda: bool(server.command("FLUSHALL")) and None,
+                empty,
                 lambda: None,
                 answers,
                 seconds,

@@ -2,8 +2,8 @@
 
 Twenty tenants (teams, and apps of teams) send the same prompts and rewordings of them, each under system prompts,
 histories, tools, formats and parameters that differ, some only by a space. Every answer that came from a cache is
-traced through the ledger to the request that made it, and all that must be the same is compared. Then the time that a first
-request takes is compared between prompts that another tenant has stored and prompts nobody has.
+traced through the ledger to the request that made it, and all that must be the same is compared. Then the time that a
+first request takes is compared between prompts that another tenant has stored and prompts nobody has.
 
 `--requests N` (10,000), `--store memory|valkey` (valkey with two workers), `--pairs N` timed.
 """
@@ -57,10 +57,7 @@ HISTORIES: tuple[tuple[dict[str, str], ...], ...] = (
     ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}),
     ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi! "}),
 )
-_TOOL = {
-    "type": "function",
-    "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}},
-}
+_TOOL = {"type": "function", "function": _FUNCTION}
 PARAMETERS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0},
@@ -72,7 +69,7 @@ PARAMETERS: tuple[dict[str, Any], ...] = (
     {"response_format": {"type": "json_object"}},
     {"response_format": {"type": "text"}},
     {"tools": [_TOOL]},
-    {"tools": [{**_TOOL, "function": {**_TOOL["function"], "name": "look_up2"}}]},
+    {"tools": [{"type": "function", "function": {**_FUNCTION, "name": "look_up2"}}]},
     {"top_p": 0.5},
     {"user": "team0"},
     {"metadata": {"team": "team0"}},
