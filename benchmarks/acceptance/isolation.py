@@ -57,6 +57,7 @@ HISTORIES: tuple[tuple[dict[str, str], ...], ...] = (
     ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}),
     ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi! "}),
 )
+_FUNCTION: dict[str, Any] = {"name": "look_up", "parameters": {"type": "object", "properties": {}}}
 _TOOL = {"type": "function", "function": _FUNCTION}
 PARAMETERS: tuple[dict[str, Any], ...] = (
     {},
