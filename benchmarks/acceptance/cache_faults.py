@@ -30,7 +30,7 @@ OPEN_WITHIN = 1.0
 """Seconds after a fault by which the breaker has opened; requests sent until then may each wait for it."""
 ADDED = 0.050
 RECOVERY = 5.0
-TEAMS = "  search: { cache: { semantic: enforce, max_error: 5% } }"
+TEAMS = "  asked: { cache: { semantic: enforce, max_error: 5% } }"
 KNOWN = ("How do I reset my password?", "What is the capital of Peru?", "How long do I boil an egg?")
 ALIKE = (
     "What are the steps to reset my password?",
@@ -151,7 +151,7 @@ async def one_run(verdict: Verdict, where: Path, rate: float, seconds: float, wo
             where, providers(provider.url), policy(teams=TEAMS), redis_url=server.url, workers=workers
         ) as gateway,
     ):
-        key = gateway.key("search")
+        key = gateway.key("asked")
         random_ = random.Random(30)  # noqa: S311 - a fixed load
         async with session(400) as http:
 
@@ -213,4 +213,4 @@ async def main() -> int:
 
 
 if __name__ == "__main__":
-    run(main())
+    run(main)
