@@ -32,17 +32,20 @@ ADDED = 0.050
 RECOVERY = 5.0
 TEAMS = "  asked: { cache: { semantic: enforce, max_error: 5% } }"
 KNOWN = ("How do I reset my password?", "What is the capital of Peru?", "How long do I boil an egg?")
-ALIKE = (
-    "What are the steps to reset my password?",
-    "Which city is the capital of Peru?",
-    "how long should I boil an egg?",
-)
+BEFORE = ("", "", "Hi, ", "Hello, ", "Please tell me: ", "Quick question: ", "I wonder: ")
+AFTER = ("", "", " Thanks!", " Thank you.", " Please.", " Cheers")
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
     sent: float
     answer: Answer
+
+
+def reworded(text: str, random_: random.Random) -> str:
+    """The same question with other courtesies and gaps, so that hardly one is sent twice."""
+    words = [word + " " * random_.choice((1, 1, 2)) for word in text.split(" ")]
+    return random_.choice(BEFORE) + "".join(words).rstrip() + random_.choice(AFTER)
 
 
 async def load(
@@ -62,7 +65,7 @@ async def load(
         if draw < 0.3:
             text = random_.choice(KNOWN)
         elif draw < 0.5:
-            text = random_.choice(ALIKE)
+            text = reworded(random_.choice(KNOWN), random_)
         else:
             text = f"Say a word about number {random_.randrange(10**9)}"
         body = {
