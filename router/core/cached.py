@@ -69,6 +69,10 @@ class SemanticEntry:
 class SemanticListener(Protocol):
     """Hears what changes in the store, whichever worker changed it. Called on the event loop; must not block."""
 
+    def loaded(self, partition: str) -> bool:
+        """Whether it wants to hear what is added to this partition."""
+        ...
+
     def added(self, entry: SemanticEntry) -> None: ...
 
     def removed(self, partition: str, entry_id: str) -> None: ...
@@ -190,15 +194,17 @@ class Invalidation:
 
 
 class Invalidations:
-    """The rules in force. `generation` is the newest rule's id, 0 without any."""
+    """The rules in force. `generation` is the newest rule's id, 0 without any; `newest` is the same where old rules
+    are left out.
+    """
 
-    def __init__(self, rules: Iterable[Invalidation] = ()) -> None:
-        newest: dict[tuple[str, str], int] = {}
+    def __init__(self, rules: Iterable[Invalidation] = (), *, newest: int = 0) -> None:
+        by_name: dict[tuple[str, str], int] = {}
         for rule in rules:
             key = (rule.kind, rule.value)
-            newest[key] = max(rule.id, newest.get(key, 0))
-        self._newest = newest
-        self.generation = max(newest.values(), default=0)
+            by_name[key] = max(rule.id, by_name.get(key, 0))
+        self._newest = by_name
+        self.generation = max([newest, *by_name.values()])
 
     def stale(self, origin: Origin) -> bool:
         """Whether a rule made after the answer's request was admitted, or against the entry itself, names it."""

@@ -3,5 +3,13 @@
 from router.adapters.redis_store.budgets import RedisBudgetStore
 from router.adapters.redis_store.caches import RedisCacheStore
 from router.adapters.redis_store.connection import RedisConnection, RedisStatus, connect
+from router.adapters.redis_store.semantic import RedisSemanticStore
 
-__all__ = ["RedisBudgetStore", "RedisCacheStore", "RedisConnection", "RedisStatus", "connect"]
+__all__ = [
+    "RedisBudgetStore",
+    "RedisCacheStore",
+    "RedisConnection",
+    "RedisSemanticStore",
+    "RedisStatus",
+    "connect",
+]
