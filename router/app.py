@@ -14,7 +14,7 @@ from classifiers.classifier import Classifier
 from router.adapters.administration import SqlAdministration
 from router.adapters.configuration import ConfigurationWatch
 from router.adapters.journal import JournalFile
-from router.adapters.memory import MemoryBudgetStore, MemoryCacheStore
+from router.adapters.memory import MemoryBudgetStore, MemoryCacheStore, MemoryFlightBoard
 from router.adapters.metrics import PrometheusTelemetry
 from router.adapters.openai_wire import OpenAIWire
 from router.adapters.price_catalogue import shipped_catalogue
@@ -34,7 +34,15 @@ from router.api.admin_plane import LazyAdminPlane
 from router.api.data_plane import DataPlane
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.health import Health
-from router.core.ports import BudgetStore, CacheStore, Snapshot, Upstream, UpstreamCall, UpstreamReply
+from router.core.ports import (
+    BudgetStore,
+    CacheStore,
+    FlightBoard,
+    Snapshot,
+    Upstream,
+    UpstreamCall,
+    UpstreamReply,
+)
 from router.core.types import BudgetWindow, RequestRecord
 from router.pipeline import Pipeline
 from router.settings import Settings, without_password
@@ -51,6 +59,7 @@ from router.stages.reserve import Reserve
 from router.stages.semantic import ShadowSemanticCache
 from router.stages.settle import Settle
 from router.stages.shadow import Shadows
+from router.stages.sharing import Sharing
 
 log = logging.getLogger("farthing")
 
@@ -111,6 +120,7 @@ class Gateway:
             "litellm": _LazyLitellm(self._provider_keys),
         }
         self._budgets, self._caches = self._stores()
+        self._board: FlightBoard = MemoryFlightBoard()
         self._admission = Admission(self._keys, settings.secret, open_team=settings.open_team)
         identifiers = RequestIdentifiers()
         draw = random.Random().random  # noqa: S311 - spreads load and samples; guards nothing
@@ -121,11 +131,13 @@ class Gateway:
             dispatch, reserve, settle, self._classifier.static, self._clock, identifiers, draw
         )
         self._decide = Decide(self._health, self._clock, lambda: self._artefacts.current, self._executor)
+        exact = ExactCache(self._caches, settings.secret)
         pipeline = Pipeline(
             configuration=lambda: self.watch.current,
             admission=self._admission,
-            exact=ExactCache(self._caches, settings.secret),
+            exact=exact,
             flights=Flights(),
+            sharing=Sharing(self._board, exact, self._clock),
             classify=Classify(self._classifier, self._executor),
             learn=Learn(self._classifier.static, self._clock),
             semantic=ShadowSemanticCache(self._classifier.static, settings.secret, self._telemetry),

@@ -4,7 +4,7 @@
 
 `Pipeline.answer` is a context manager that the HTTP response owns: however the response ends, leaving the
 context settles the request. A call to a provider is a task of its own (a flight), which identical requests
-share; the request that started it books it, the others book nothing.
+share, those of other workers as well; the request that started it books it, the others book nothing.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 from router.core.errors import Overloaded, RequestError, UnavailableError
 from router.core.ports import Clock, Snapshot
-from router.core.types import NanoUSD, Usage
+from router.core.types import NanoUSD
 from router.stages.admit import Admission, merge_tags, read_wishes
 from router.stages.cascade import Cascade
 from router.stages.classify import Classify
 from router.stages.decide import Decide
 from router.stages.exact import ExactCache, StoredAnswer
 from router.stages.exchange import Exchange
-from router.stages.flight import Flight, Flights, Head, Subscription, UsageFrame
+from router.stages.flight import Flight, Flights, Subscription, UsageFrame
 from router.stages.learn import Learn
 from router.stages.normalise import conversation_of, named_model, normalise_chat
 from router.stages.reply import Answer, stored_answer, streamed_answer, whole_answer
@@ -31,6 +31,7 @@ from router.stages.reserve import Reserve
 from router.stages.semantic import SemanticCache
 from router.stages.settle import Settle, note_failure
 from router.stages.shadow import Shadows
+from router.stages.sharing import Sharing
 
 log = logging.getLogger("farthing")
 
@@ -54,6 +55,7 @@ class Pipeline:
     admission: Admission
     exact: ExactCache
     flights: Flights
+    sharing: Sharing
     classify: Classify
     learn: Learn
     semantic: SemanticCache
@@ -78,7 +80,7 @@ class Pipeline:
         subscription = flight.subscribe()
         try:
             try:
-                head = await subscription.head()
+                answer = await self._live(exchange, subscription)
             except RequestError:
                 if flight.leader is exchange:
                     raise
@@ -86,18 +88,15 @@ class Pipeline:
                 subscription.close()
                 flight = self._join_or_lead(exchange, key)
                 subscription = flight.subscribe()
-                head = await subscription.head()
-            if flight.leader is not exchange:
-                with _accounted():
-                    self.settle.open(exchange)
-            yield await self._live(exchange, subscription, head)
+                answer = await self._live(exchange, subscription)
+            yield answer
         except BaseException as error:
             if flight.leader is not exchange:
                 note_failure(exchange, error)
             raise
         finally:
             subscription.close()
-            if flight.leader is not exchange:
+            if flight.leader is not exchange and flight.stored is None:
                 self._settle_follower(exchange, flight)
 
     async def _admit(self, inbound: Inbound) -> Exchange:
@@ -140,7 +139,11 @@ class Pipeline:
             exchange.cache = "exact"
             return shared
         exchange.cache = "miss"
-        return self.flights.start(key, exchange, self._lead, self._landed)
+        return self.flights.start(key, exchange, self._fly, self._landed, shared=exchange.wishes.read_cache)
+
+    async def _fly(self, exchange: Exchange, flight: Flight) -> None:
+        if not await self.sharing.answered(exchange, flight):  # by the same call of another worker
+            await self._lead(exchange, flight)
 
     async def _lead(self, exchange: Exchange, flight: Flight) -> None:
         """The way of a request that needs a model."""
@@ -161,7 +164,15 @@ class Pipeline:
             await self.cascade.run(exchange, flight)  # dispatch, and a second opinion where asked for
 
     def _landed(self, exchange: Exchange, flight: Flight) -> None:
-        """The flight has ended, however: it is booked once, and a complete answer is kept."""
+        """The flight has ended, however. Who made the call books it once and keeps a complete answer."""
+        stored = False
+        try:
+            stored = flight.leader is exchange and self._booked(exchange, flight)
+        finally:
+            self.sharing.landed(flight, stored)
+
+    def _booked(self, exchange: Exchange, flight: Flight) -> bool:
+        """Whether the answer is kept."""
         if exchange.status in ("complete", "cut"):
             exchange.http_status = 200
         elif flight.error is not None:
@@ -173,38 +184,48 @@ class Pipeline:
             log.exception("nothing is learned of request %s", exchange.id)  # and it is booked all the same
         record = self.settle.dispatched(exchange)
         body = flight.body
+        stored = False
         if record is not None and body is not None and flight.key is not None:
-            self.exact.store(flight.key, exchange, record, body, self.draw())
+            stored = self.exact.store(flight.key, exchange, record, body, self.draw())
         self.shadows.consider(exchange, body)
+        return stored
 
-    async def _live(self, exchange: Exchange, subscription: Subscription, head: Head) -> Answer:
-        flight, leader = subscription.flight, subscription.flight.leader
-        if exchange.request.stream and flight.stream:
-            return streamed_answer(exchange, leader, head, self._relay(exchange, subscription))
-        await subscription.finished()
-        body = flight.body
-        if body is None or leader.status != "complete":
-            raise Overloaded("The call this request shared broke off. Send it again.", retry_after=0)
+    async def _live(self, exchange: Exchange, subscription: Subscription) -> Answer:
+        """The answer of a flight. Raises RequestError where it failed before any of it was sent."""
+        flight = subscription.flight
+        await subscription.head()
+        if flight.stored is not None:
+            return self._hit(exchange, flight.stored)
+        streamed = exchange.request.stream and flight.begun.stream
+        if not streamed:
+            await subscription.finished()
+            if flight.body is None or flight.ended.status != "complete":
+                raise Overloaded("The call this request shared broke off. Send it again.", retry_after=0)
+        if flight.leader is not exchange:
+            exchange.cache = "exact"
+            with _accounted():
+                self.settle.open(exchange)
+            exchange.cache_entry, exchange.stored_class = flight.begun.request_id, flight.begun.prompt_class
+        if streamed:
+            return streamed_answer(exchange, flight.begun, self._relay(exchange, subscription))
         exchange.status, exchange.http_status = "complete", 200
-        cost = leader.record.cost if leader.record is not None else None
-        return whole_answer(exchange, leader, head, body, cost if leader is exchange else NanoUSD(0))
+        cost = flight.ended.cost if flight.leader is exchange else NanoUSD(0)
+        return whole_answer(exchange, flight.begun, flight.body or b"", cost)
 
     async def _relay(self, exchange: Exchange, subscription: Subscription) -> AsyncIterator[bytes]:
         wants_usage = exchange.request.include_usage
         async for frame in subscription.frames():
             if wants_usage or not isinstance(frame, UsageFrame):
                 yield frame
-        leader = subscription.flight.leader
-        if leader is not exchange:
-            exchange.status, exchange.http_status = leader.status, 200
+        flight = subscription.flight
+        if flight.leader is not exchange:
+            exchange.status, exchange.http_status = flight.ended.status, 200
 
     def _settle_follower(self, exchange: Exchange, flight: Flight) -> None:
-        if flight.head is None:
-            return  # the call it shared failed before an answer began: nothing was admitted
-        exchange.cache_entry, exchange.stored_class = flight.leader.id, flight.leader.prompt_class
-        record = flight.leader.record
-        usage, cost = (record.usage, record.cost) if record is not None else (Usage(), None)
-        self.settle.from_cache(exchange, usage, cost, flight.head.model, flight.head.provider)
+        if exchange.cache_entry is None:
+            return  # it got nothing of the call it shared: nothing was admitted
+        begun, ended = flight.begun, flight.ended
+        self.settle.from_cache(exchange, ended.usage, ended.cost, begun.model, begun.provider)
 
 
 @contextmanager

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from router.core.errors import InvalidRequest, NotFound, Overloaded, UnavailableError
 from router.core.learning import Label
-from router.core.ports import BudgetCharge, BudgetReading, Clock, Denied, Granted, SpendSource
+from router.core.ports import (
+    BudgetCharge,
+    BudgetReading,
+    CallElsewhere,
+    CallPart,
+    Clock,
+    Denied,
+    Granted,
+    SharedCall,
+    SpendSource,
+)
 from router.core.types import AttemptRecord, BudgetWindow, Caller, NanoUSD, OpenRecord, RequestRecord
 
 
@@ -185,6 +195,45 @@ class MemoryCacheStore:
     def _drop(self, key: str) -> None:
         if (entry := self._entries.pop(key, None)) is not None:
             self.size -= self._weight(key, entry[0])
+
+
+class MemoryFlightBoard:
+    """Calls of several workers in one process, for tests: they share `calls`. A worker alone makes every call."""
+
+    def __init__(self, calls: dict[str, SharedCall] | None = None) -> None:
+        self.calls = calls if calls is not None else {}
+        self._alone = calls is None
+
+    async def claim(
+        self, key: str, call: SharedCall, over: CallElsewhere | None = None
+    ) -> CallElsewhere | None:
+        if self._alone:
+            return None
+        held = self.calls.get(key)
+        if held is not None and held.joinable and not (isinstance(over, _MemoryCall) and over.call is held):
+            return _MemoryCall(held)
+        self.calls[key] = call
+        return None
+
+    def landed(self, key: str, call: SharedCall, stored: bool) -> None:
+        if self.calls.get(key) is call:
+            del self.calls[key]
+
+    async def start(self) -> None:
+        """Nothing to open."""
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class _MemoryCall:
+    stored = False
+
+    def __init__(self, call: SharedCall) -> None:
+        self.call = call
+
+    def parts(self) -> AsyncGenerator[CallPart, None]:
+        return self.call.parts()
 
 
 class MemorySpendSource:

@@ -19,6 +19,10 @@ class UnavailableError(FarthingError):
     """A store (Redis, SQL) did not answer in time; the caller decides what may go on without it."""
 
 
+class CallLost(FarthingError):
+    """A call that another request makes failed before its answer began, or broke off for those who share it."""
+
+
 class RequestError(FarthingError):
     """A request that is answered with an error. `retry` is the value of `x-should-retry`; None: not sent.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -16,6 +16,8 @@ from router.core.types import (
     OpenRecord,
     PriceRecord,
     RequestRecord,
+    RequestStatus,
+    Usage,
 )
 
 
@@ -178,6 +180,88 @@ class CacheStore(Protocol):
         ...
 
     async def delete(self, key: str) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegun:
+    """The answer of a call begins. `request_id`: the request that makes the call and books it. `stream`: whether the
+    answer comes as a stream, or as JSON.
+    """
+
+    request_id: str
+    prompt_class: str | None
+    stream: bool
+    model: str
+    provider: str
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnded:
+    """How the request that made a call was booked. `cost` None: unpriced."""
+
+    status: RequestStatus
+    usage: Usage
+    cost: NanoUSD | None
+
+
+CallPart = CallBegun | CallEnded | tuple[bytes, ...]
+"""What there is to hear of a call, in this order: that it begins, frames as they come, how it ended."""
+
+
+class SharedCall(Protocol):
+    """A call that this worker makes, as other workers may have it."""
+
+    @property
+    def joinable(self) -> bool:
+        """Whether who comes now still gets it from its first byte."""
+        ...
+
+    def parts(self) -> AsyncGenerator[CallPart, None]:
+        """The call goes on while this is read; closing it leaves. Raises CallLost where it fails before its answer
+        begins, or is too large to be shared.
+        """
+        ...
+
+
+class CallElsewhere(Protocol):
+    """A call that another worker makes, or has just made."""
+
+    @property
+    def stored(self) -> bool:
+        """It has ended, and its answer is in the cache or about to be."""
+        ...
+
+    def parts(self) -> AsyncGenerator[CallPart, None]:
+        """Ends without any part where the call cannot be had: it is over, its worker or the board is away. Raises
+        CallLost where it failed before its answer began, or broke off after. Closing it leaves the call.
+        """
+        ...
+
+
+class FlightBoard(Protocol):
+    """Which worker makes a call that several are asked for at the same time.
+
+    `key` is a keyed hash that already holds the scope. Nothing here ever fails a request: with the board away each
+    worker makes its own calls.
+    """
+
+    async def claim(
+        self, key: str, call: SharedCall, over: CallElsewhere | None = None
+    ) -> CallElsewhere | None:
+        """The same call in another worker; None: this worker is to make it. `landed` must follow in either case.
+
+        `over`: what an earlier claim gave and could not be had; its place is taken unless a third has it by now.
+        """
+        ...
+
+    def landed(self, key: str, call: SharedCall, stored: bool) -> None:
+        """The call has ended. `stored`: its answer was given to the cache. Never blocks and never raises."""
+        ...
+
+    async def start(self) -> None: ...
 
     async def close(self) -> None: ...
 

@@ -101,13 +101,15 @@ class ExactCache:
             return None
         return stored
 
-    def store(self, key: str, exchange: Exchange, record: RequestRecord, body: bytes, draw: float) -> None:
-        """Keeps a complete answer nobody doubts; anything else is left out. `draw` in [0, 1) spreads their ends."""
+    def store(self, key: str, exchange: Exchange, record: RequestRecord, body: bytes, draw: float) -> bool:
+        """Keeps a complete answer nobody doubts, and True; anything else is left out. `draw` in [0, 1) spreads their
+        ends.
+        """
         if record.status != "complete" or record.error is not None or not exchange.wishes.write_cache:
-            return
+            return False
         served = serving(record.attempts)
         if served is None or exchange.doubt is not None:
-            return
+            return False
         answer = StoredAnswer(
             entry=record.id,
             stored_at=exchange.opened_at.timestamp(),
@@ -121,6 +123,7 @@ class ExactCache:
             cost=served.cost,
         )
         self._store.put(key, _encoder.encode(answer), exchange.policy.cache.ttl * (1 - _JITTER * draw))
+        return True
 
 
 def canonical(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,21 +2,29 @@
 
 The call is a task of its own: it ends when its last subscriber leaves, not when the request that started it
 does. What it produced so far is kept, so that an identical request that comes later gets it from the start.
+A flight may also carry a call that another worker makes (`stages/sharing.py`); who reads it sees no difference.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+from router.core.errors import CallLost
+from router.core.ports import CallBegun, CallEnded, CallPart
+from router.core.types import Usage
+from router.stages.exact import StoredAnswer
 from router.stages.exchange import Exchange
 
 AHEAD = 256 * 1024
 """Bytes a call may be ahead of its fastest subscriber before it stops reading from the provider."""
 KEEP = 4 * 1024 * 1024
 """Bytes kept for late joiners and the cache; an answer above it can no longer be joined."""
+BATCH = 64
+"""Frames that are handed to another worker at once."""
 
 
 class UsageFrame(bytes):
@@ -66,17 +74,20 @@ class FlightLost(Exception):
 
 
 class Flight:
-    """Start it with `start`; read it through `subscribe`. `key` is None for a call nobody else may join; `leader`
-    is the request that started it and books it. `drain`: the call goes on when its last reader leaves.
+    """Start it with `start`; read it through `subscribe`. `key` is None for a call nobody else may join. `leader` is
+    the request that makes the call and books it; None: one of another worker does, or the answer was `stored`.
+    `drain`: the call goes on when its last reader leaves.
     """
 
     def __init__(self, key: str | None, leader: Exchange) -> None:
         self.key = key
-        self.leader = leader
-        self.stream = leader.request.stream
+        self.leader: Exchange | None = leader
+        self.stored: StoredAnswer | None = None
         self.drain = False
         self.error: BaseException | None = None
         self._head: Head | None = None
+        self._begun: CallBegun | None = None
+        self._ended: CallEnded | None = None
         self._frames: list[bytes] = []
         self._dropped = 0
         self._kept = 0
@@ -91,17 +102,20 @@ class Flight:
         run: Callable[[Exchange, Flight], Awaitable[None]],
         done: Callable[[Exchange, Flight], None],
     ) -> None:
+        exchange = self.leader
+        assert exchange is not None
+
         def end() -> None:
             if not self._finished:
                 self._finished = True
                 try:
-                    done(self.leader, self)
+                    done(exchange, self)
                 finally:
                     self._wake()  # whatever went wrong, nobody waits for ever
 
         async def fly() -> None:
             try:
-                await run(self.leader, self)
+                await run(exchange, self)
             except asyncio.CancelledError as error:
                 self.error = self.error or error
                 raise
@@ -137,9 +151,66 @@ class Flight:
     def sent(self) -> bool:
         return self._head is not None
 
+    @property
+    def begun(self) -> CallBegun:
+        """Whose call it is and what is known of its answer, once that begins."""
+        if self._begun is None:
+            assert self.leader is not None
+            assert self._head is not None
+            leader, head = self.leader, self._head
+            self._begun = CallBegun(
+                leader.id, leader.prompt_class, leader.request.stream, head.model, head.provider, head.headers
+            )
+        return self._begun
+
+    @property
+    def ended(self) -> CallEnded:
+        """How the call was booked; that it was not, while it goes on."""
+        if self._ended is not None:
+            return self._ended
+        if self.leader is None:
+            return CallEnded("failed", Usage(), None)
+        status, record = self.leader.status, self.leader.record
+        if record is None:
+            return CallEnded(status, Usage(), None)
+        return CallEnded(status, record.usage, record.cost)
+
     def begin(self, head: Head) -> None:
         self._head = head
         self._wake()
+
+    def begin_elsewhere(self, begun: CallBegun) -> None:
+        """Another worker's call begins to answer."""
+        self._begun = begun
+        self.begin(Head(begun.model, begun.provider, begun.headers))
+
+    def end_elsewhere(self, ended: CallEnded) -> None:
+        self._ended = ended
+
+    def found(self, stored: StoredAnswer) -> None:
+        """The answer is in the cache by now: everyone who waits here has a hit."""
+        self.leader, self.stored = None, stored
+        self.begin(Head(stored.model, stored.provider, {}))
+
+    async def parts(self) -> AsyncGenerator[CallPart, None]:
+        """See the port `SharedCall`."""
+        subscription = self.subscribe()
+        try:
+            while self._head is None:
+                if self._finished:
+                    raise CallLost("the call failed before its answer began")
+                await subscription.wait()
+            if self._kept > KEEP or self.leader is None:
+                raise CallLost("the answer is not shared")
+            yield self.begun
+            try:
+                async for frames in subscription.batches():
+                    yield frames
+            except FlightLost:
+                raise CallLost("the reader fell too far behind") from None
+            yield self.ended
+        finally:
+            subscription.close()
 
     def send(self) -> None:
         """Nothing is ever held back here."""
@@ -211,7 +282,7 @@ class Subscription:
         while flight.head is None:
             if flight._finished:
                 raise flight.error or asyncio.CancelledError()
-            await self._wait()
+            await self.wait()
         return flight.head
 
     async def frames(self) -> AsyncIterator[bytes]:
@@ -230,14 +301,33 @@ class Subscription:
             elif flight._finished:
                 return
             else:
-                await self._wait()
+                await self.wait()
+
+    async def batches(self) -> AsyncIterator[tuple[bytes, ...]]:
+        """The same, several frames at once where they are there."""
+        flight = self.flight
+        while True:
+            index = self.at - flight._dropped
+            if index < 0:
+                raise FlightLost()
+            if frames := tuple(flight._frames[index : index + BATCH]):
+                self.at += len(frames)
+                self.consumed += sum(map(len, frames))
+                yield frames
+                flight._consumed()
+            elif flight._finished:
+                return
+            else:
+                await self.wait()
 
     async def finished(self) -> None:
-        """Waits for the end of the call."""
-        async for _ in self.frames():
-            pass
+        """Waits for the end of the call, or until this reader cannot have all of it any more."""
+        with suppress(FlightLost):
+            async for _ in self.frames():
+                pass
 
-    async def _wait(self) -> None:
+    async def wait(self) -> None:
+        """Until something happens in the flight."""
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter
@@ -267,9 +357,11 @@ class Flights:
         leader: Exchange,
         run: Callable[[Exchange, Flight], Awaitable[None]],
         done: Callable[[Exchange, Flight], None],
+        shared: bool = True,
     ) -> Flight:
+        """`shared`: identical requests may join it."""
         flight = Flight(key, leader)
-        if key is not None:
+        if key is not None and shared:
             self._flights[key] = flight
 
         def landed(exchange: Exchange, flown: Flight) -> None:

@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
 from router.core.openai_wire import StreamTap, json_to_sse, sse_to_json
+from router.core.ports import CallBegun
 from router.core.pricing import usd
 from router.core.types import ChatRequest, NanoUSD
 from router.stages.exact import StoredAnswer
 from router.stages.exchange import Exchange
-from router.stages.flight import Head
 
 MAX_DECISION = 200
 
@@ -33,28 +33,26 @@ def stored_answer(exchange: Exchange, stored: StoredAnswer) -> Answer:
     return _answer(exchange, headers, _once(_in_form(stored.body, stored.stream, exchange.request)))
 
 
-def whole_answer(
-    exchange: Exchange, leader: Exchange, head: Head, body: bytes, cost: NanoUSD | None
-) -> Answer:
-    """An answer that has ended; `body` is in the leader's form."""
-    headers = _live_headers(exchange, leader, head)
+def whole_answer(exchange: Exchange, call: CallBegun, body: bytes, cost: NanoUSD | None) -> Answer:
+    """An answer that has ended; `body` is in the form of the request that made the call."""
+    headers = _live_headers(exchange, call)
     if cost is not None:
         headers["x-farthing-cost-usd"] = _usd(cost)
-    return _answer(exchange, headers, _once(_in_form(body, leader.request.stream, exchange.request)))
+    return _answer(exchange, headers, _once(_in_form(body, call.stream, exchange.request)))
 
 
-def streamed_answer(exchange: Exchange, leader: Exchange, head: Head, frames: AsyncIterator[bytes]) -> Answer:
+def streamed_answer(exchange: Exchange, call: CallBegun, frames: AsyncIterator[bytes]) -> Answer:
     """An answer that is still coming."""
-    return _answer(exchange, _live_headers(exchange, leader, head), frames)
+    return _answer(exchange, _live_headers(exchange, call), frames)
 
 
 def _answer(exchange: Exchange, headers: Mapping[str, str], frames: AsyncIterator[bytes]) -> Answer:
     return Answer(200, _content_type(exchange.request), headers, frames)
 
 
-def _live_headers(exchange: Exchange, leader: Exchange, head: Head) -> dict[str, str]:
-    words = _why(leader, head.model) if leader is exchange else "shares a call in flight"
-    return {**head.headers, **_headers(exchange, head.model, leader.prompt_class, words)}
+def _live_headers(exchange: Exchange, call: CallBegun) -> dict[str, str]:
+    words = _why(exchange, call.model) if call.request_id == exchange.id else "shares a call in flight"
+    return {**call.headers, **_headers(exchange, call.model, call.prompt_class, words)}
 
 
 def _headers(exchange: Exchange, model: str, prompt_class: str | None, words: str) -> dict[str, str]:

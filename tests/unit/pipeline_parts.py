@@ -15,6 +15,7 @@ from router.adapters.memory import (
     ManualClock,
     MemoryBudgetStore,
     MemoryCacheStore,
+    MemoryFlightBoard,
     MemoryJournal,
     MemoryKeyDirectory,
     MemorySpendSource,
@@ -38,6 +39,7 @@ from router.stages.learn import Learn
 from router.stages.reserve import Reserve
 from router.stages.settle import Settle
 from router.stages.shadow import Shadows
+from router.stages.sharing import Sharing
 
 SECRET = b"0123456789abcdef"
 DONE = b"data: [DONE]\n\n"
@@ -172,14 +174,22 @@ class Rig:
     """`ask` runs one request to its end; the parts are there to look at."""
 
     def __init__(
-        self, providers: str = PROVIDERS, policy: str = POLICY, encoder: Encoder | None = None
+        self,
+        providers: str = PROVIDERS,
+        policy: str = POLICY,
+        encoder: Encoder | None = None,
+        beside: Rig | None = None,
     ) -> None:
+        """`beside`: another worker of the same installation, with the same provider, cache and budgets."""
         self.clock = ManualClock()
-        self.wire = ScriptedWire()
+        self.wire = ScriptedWire() if beside is None else beside.wire
         self.journal = MemoryJournal()
         self.health = Health()
-        self.budgets = MemoryBudgetStore(MemorySpendSource(), self.clock)
-        self.caches = MemoryCacheStore(self.clock)
+        self.budgets = (
+            MemoryBudgetStore(MemorySpendSource(), self.clock) if beside is None else beside.budgets
+        )
+        self.caches = MemoryCacheStore(self.clock) if beside is None else beside.caches
+        self.board = MemoryFlightBoard({}) if beside is None else MemoryFlightBoard(beside.board.calls)
         self.flights = Flights()
         self.ids = RequestIdentifiers()
         self.snapshot = _snapshot(providers, policy)
@@ -195,11 +205,13 @@ class Rig:
         self.shadows = Shadows(
             dispatch, reserve, settle, cast(Encoder, encoder), self.clock, self.ids, lambda: self.draws()
         )
+        exact = ExactCache(self.caches, SECRET)
         self.pipeline = Pipeline(
             configuration=lambda: self.snapshot,
             admission=self.admission,
-            exact=ExactCache(self.caches, SECRET),
+            exact=exact,
             flights=self.flights,
+            sharing=Sharing(self.board, exact, self.clock),
             classify=Classify(cast(Classifier, None), ThreadPoolExecutor(1)),
             learn=Learn(cast(Encoder, encoder), self.clock),
             semantic=_NoSemantic(),
