@@ -31,6 +31,7 @@ from router.core.policy import (
     AtLimit,
     BudgetLimit,
     CachePolicy,
+    CacheUse,
     ClassRequirement,
     EffectivePolicy,
     LearnPolicy,
@@ -107,6 +108,7 @@ class CompiledSnapshot:
         self.unknown_model: str = policy.unknown_model
         self.baseline: str | None = policy.baseline
         self.learn: LearnPolicy | None = _learn(policy)
+        self.cache_use = _cache_use(policy)
         self.known_tags: frozenset[str] = frozenset(_tag_keys(policy))
         self.required_key_variables: tuple[str, ...] = tuple(
             dict.fromkeys(
@@ -585,6 +587,29 @@ def _cache(chain: Sequence[Settings]) -> CachePolicy:
         return next((value for value in values if value is not None), getattr(plain, name))
 
     return CachePolicy(**{name: field(name) for name in CachePolicy.__dataclass_fields__})
+
+
+def _cache_use(policy: PolicyFile) -> CacheUse:
+    """Over every layer that may come to hold for somebody."""
+    plain = CachePolicy()
+    teams = policy.teams.values()
+    layers = [
+        policy.defaults,
+        policy.unlisted_teams,
+        *teams,
+        *(app for team in teams for app in team.apps.values()),
+        *(rule.then for rule in policy.rules),
+        *policy.exceptions,
+    ]
+    told = [layer.cache for layer in layers]
+    first = policy.defaults.cache
+    exact = plain.exact if first.exact is None else first.exact
+    semantic = first.semantic or plain.semantic
+    return CacheUse(
+        exact=exact or any(cache.exact for cache in told),
+        semantic=any((cache.semantic or semantic) != "never" for cache in told),
+        longest_ttl=max(plain.ttl if first.ttl is None else first.ttl, *(cache.ttl or 0.0 for cache in told)),
+    )
 
 
 def _limit(key: str, entry: BudgetEntry | None, widened: Sequence[BudgetEntry | None]) -> BudgetLimit | None:

@@ -112,6 +112,19 @@ class CachePolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheUse:
+    """What any caller may get of the caches under a policy. `longest_ttl` in seconds."""
+
+    exact: bool = True
+    semantic: bool = False
+    longest_ttl: float = 86_400.0
+
+    @property
+    def any(self) -> bool:
+        return self.exact or self.semantic
+
+
+@dataclass(frozen=True, slots=True)
 class BudgetLimit:
     """A budget a request falls under. `limit` is where `at_limit` begins; `hard_cap` is never passed (None: no
     bound above the limit). With `at_limit: refuse` and no hard cap of its own, `hard_cap` equals `limit`.

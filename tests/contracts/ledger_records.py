@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+from router.core.cached import CacheCandidate, CacheLabel
 from router.core.learning import Label
 from router.core.types import (
     BUCKETS,
@@ -128,6 +129,41 @@ def labelled(request: RequestRecord, source: str = "refusal", **changes: Any) ->
         at=OPENED,
         key_id=request.key_id,
         team=request.team,
+    )
+    return replace(label, **changes)
+
+
+def candidate(**changes: Any) -> CacheCandidate:
+    """What the semantic cache found and, in shadow, did not serve."""
+    found = CacheCandidate(
+        scope="scope-1",
+        entry="entry-1",
+        similarity=0.95,
+        probability=0.9,
+        threshold=0.85,
+        mode="shadow",
+        served=False,
+        would_serve=True,
+        saved=40_000,
+    )
+    return replace(found, **changes)
+
+
+def cache_labelled(request: RequestRecord, **changes: Any) -> CacheLabel:
+    """A label of the candidate of `request`, right and by agreement."""
+    found = request.candidate or candidate()
+    label = CacheLabel(
+        request_id=request.id,
+        scope=found.scope,
+        entry=found.entry,
+        score=found.probability,
+        right=True,
+        propensity=1.0,
+        source="agreement",
+        at=OPENED,
+        key_id=request.key_id,
+        team=request.team,
+        app=request.app,
     )
     return replace(label, **changes)
 

@@ -18,6 +18,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 
 from router.adapters.sql import schema
+from router.adapters.sql.cache_book import invalidate
 from router.adapters.sql.database import (
     migrate,
     migrations_folder,
@@ -29,7 +30,7 @@ from router.adapters.sql.database import (
 from router.adapters.sql.ledger import Ledger, adjust
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.types import Usage
-from tests.contracts.ledger_records import OPENED, labelled, new_id, settled
+from tests.contracts.ledger_records import OPENED, cache_labelled, candidate, labelled, new_id, settled
 
 pytest_plugins = ["tests.contracts.sql_databases"]
 
@@ -77,9 +78,15 @@ def test_starts_at_the_same_time_do_not_break_each_other(empty_database_url: str
 @pytest.mark.parametrize("table", schema.APPEND_ONLY)
 def test_rows_are_append_only(engine: Engine, table: str) -> None:
     request = settled(new_id(), usage=Usage(input=100))
-    request = replace(request, labels=(labelled(request),))
+    request = replace(
+        request,
+        labels=(labelled(request),),
+        candidate=candidate(),
+        cache_labels=(cache_labelled(request),),
+    )
     Ledger(engine).write([request], fresh=True)
     adjust(engine, request.id, 5, "invoice", "finops", OPENED)
+    invalidate(engine, "all", "", at=OPENED, by="cli")
     column = next(iter(schema.metadata.tables[table].columns)).name
     statements = [f"UPDATE {table} SET {column} = {column}", f"DELETE FROM {table}"]
     if engine.dialect.name == "sqlite":

@@ -21,6 +21,8 @@ from router.adapters.sql.schema import (
     adjustments,
     attempts,
     budget_spend,
+    cache_candidates,
+    cache_labels,
     cost_lines,
     iso_utc,
     labels,
@@ -29,6 +31,7 @@ from router.adapters.sql.schema import (
     requests,
     spend_rollup,
 )
+from router.core.cached import CacheLabel
 from router.core.errors import ConfigurationError
 from router.core.learning import Label
 from router.core.types import BudgetWindow, PriceRecord, RequestRecord
@@ -102,9 +105,10 @@ def rollup_sums(record: RequestRecord) -> tuple[int, ...]:
     )
 
 
-def _sql(table: sa.Table, mark: str, suffix: str = "") -> str:
-    names = ", ".join(f'"{column.name}"' for column in table.columns)
-    marks = ", ".join([mark] * len(table.columns))
+def _sql(table: sa.Table, mark: str, suffix: str = "", *, without: Sequence[str] = ()) -> str:
+    columns = [column.name for column in table.columns if column.name not in without]
+    names = ", ".join(f'"{name}"' for name in columns)
+    marks = ", ".join([mark] * len(columns))
     return f'INSERT INTO "{table.name}" ({names}) VALUES ({marks}){suffix}'  # noqa: S608 - no input in it
 
 
@@ -134,6 +138,8 @@ class Ledger:
         self._insert_features = _sql(request_features, mark)
         # A request may be labelled by several later ones for the same reason; once is enough.
         self._insert_label = _sql(labels, mark, " ON CONFLICT DO NOTHING")
+        self._insert_candidate = _sql(cache_candidates, mark)
+        self._insert_cache_label = _sql(cache_labels, mark, " ON CONFLICT DO NOTHING", without=("id",))
         self._add_rollup = _sql(spend_rollup, mark, _adding(spend_rollup, ROLLUP_KEY, ROLLUP_SUMS))
         self._add_budget = _add_budget(mark)
         self._known_prices: set[str] = set()
@@ -162,6 +168,8 @@ class Ledger:
         line_rows: list[tuple[Any, ...]] = []
         feature_rows: list[tuple[Any, ...]] = []
         label_rows: list[tuple[Any, ...]] = []
+        candidate_rows: list[tuple[Any, ...]] = []
+        cache_label_rows: list[tuple[Any, ...]] = []
         prices: dict[str, PriceRecord] = {}
         rollup: dict[tuple[str, ...], tuple[int, ...]] = {}
         budgets: dict[tuple[str, str], tuple[int, int]] = {}
@@ -253,6 +261,23 @@ class Ledger:
             if record.features is not None and record.features_encoder is not None:
                 feature_rows.append((request_id, record.features_encoder, record.features, record.prompt))
             label_rows.extend(label_row(label, time(label.at)) for label in record.labels)
+            if (found := record.candidate) is not None:
+                candidate_rows.append(
+                    (
+                        request_id,
+                        found.scope,
+                        found.entry,
+                        found.similarity,
+                        found.probability,
+                        found.threshold,
+                        found.mode,
+                        found.served,
+                        found.would_serve,
+                        found.saved,
+                        list_json(found.reasons),
+                    )
+                )
+            cache_label_rows.extend(cache_label_row(label, time(label.at)) for label in record.cache_labels)
             key, sums = rollup_key(record), rollup_sums(record)
             before = rollup.get(key)
             rollup[key] = sums if before is None else tuple(map(int.__add__, before, sums))
@@ -273,6 +298,11 @@ class Ledger:
             run(self._insert_features, feature_rows)
         if label_rows:
             run(self._insert_label, label_rows)
+        if candidate_rows:
+            run(self._insert_candidate, candidate_rows)
+        if cache_label_rows:
+            lock_rows(connection, cache_labels)
+            run(self._insert_cache_label, cache_label_rows)
         run(self._add_rollup, [(*key, *rollup[key]) for key in sorted(rollup)])
         if budgets:
             run(self._add_budget, [(*key, *budgets[key]) for key in sorted(budgets)])
@@ -308,6 +338,33 @@ def label_row(label: Label, at: Any, revision: int = 0) -> tuple[Any, ...]:
         label.comment,
         revision,
     )
+
+
+def cache_label_row(label: CacheLabel, at: Any, revision: int = 0) -> tuple[Any, ...]:
+    """A row of `cache_labels`, in the order of its columns after `id`."""
+    return (
+        label.request_id,
+        label.scope,
+        label.entry,
+        label.score,
+        label.right,
+        label.propensity,
+        label.source,
+        at,
+        label.key_id,
+        label.team,
+        label.app,
+        label.comment,
+        revision,
+    )
+
+
+def lock_rows(connection: Connection, table: sa.Table) -> None:
+    """Until the transaction ends nobody else adds a row to `table`, so that ids rise in the order of commits. Readers
+    go on. SQLite has one writer anyway.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f'LOCK TABLE "{table.name}" IN SHARE ROW EXCLUSIVE MODE')
 
 
 def _unchanged(value: datetime) -> datetime:

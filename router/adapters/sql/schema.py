@@ -31,10 +31,20 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from router.core.types import BUCKETS
 
-SCHEMA_VERSION = "0002"
+SCHEMA_VERSION = "0003"
 """The migration this code needs; compared at start without loading alembic."""
 
-APPEND_ONLY = ("price_records", "requests", "attempts", "cost_lines", "adjustments", "labels")
+APPEND_ONLY = (
+    "price_records",
+    "requests",
+    "attempts",
+    "cost_lines",
+    "adjustments",
+    "labels",
+    "cache_candidates",
+    "cache_labels",
+    "cache_invalidations",
+)
 
 
 def iso_utc(value: datetime) -> str:
@@ -311,3 +321,58 @@ artefacts = Table(
     Column("activated_at", UTCTime),
 )
 """`sha256` is of `content`, `card` JSON. At most one of a kind is active; none: the priors decide."""
+
+cache_candidates = Table(
+    "cache_candidates",
+    metadata,
+    Column("request_id", Text, ForeignKey("requests.id"), primary_key=True),
+    Column("scope", Text, nullable=False),
+    Column("entry", Text, nullable=False),
+    Column("similarity", Float(53), nullable=False),
+    Column("probability", Float(53), nullable=False),
+    Column("threshold", Float(53), nullable=False),
+    Column("mode", Text, nullable=False),
+    Column("served", Boolean, nullable=False),
+    Column("would_serve", Boolean, nullable=False),
+    Column("saved", BigInteger),
+    Column("reasons", Text, nullable=False),
+)
+
+cache_labels = Table(
+    "cache_labels",
+    metadata,
+    Column("id", SERIAL, primary_key=True, autoincrement=True),
+    Column("request_id", Text, nullable=False),
+    Column("scope", Text, nullable=False),
+    Column("entry", Text, nullable=False),
+    Column("score", Float(53), nullable=False),
+    Column("correct", Boolean, nullable=False),
+    Column("propensity", Float(53), nullable=False),
+    Column("source", Text, nullable=False),
+    Column("at", UTCTime, nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("team", Text, nullable=False),
+    Column("app", Text),
+    Column("comment", Text),
+    Column("revision", Integer, nullable=False),
+    UniqueConstraint(
+        "request_id", "entry", "source", "key_id", "revision", name="uq_cache_labels_request_id"
+    ),
+    Index("ix_cache_labels_at", "at"),
+)
+"""Ids rise in the order of commits (`ledger.lock_rows`): the bound reads labels in the order they were booked, and
+a reader that has seen an id has seen all before it. Of feedback the newest revision counts.
+"""
+
+cache_invalidations = Table(
+    "cache_invalidations",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", UTCTime, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("value", Text, nullable=False),
+    Column("by", Text, nullable=False),
+    Column("reason", Text),
+    Index("ix_cache_invalidations_kind", "kind", "value"),
+)
+"""Rules of `core.cached.Invalidation`; `by` is `admin`, `cli` or the id of a key."""

@@ -1,0 +1,358 @@
+"""The book of the caches in SQL: rules of what may no longer be served, and labels of answers found by likeness.
+
+Each worker reads both in a thread of its own. Ids rise in the order of commits, so a worker that asks for what is
+newer than the last it saw misses nothing, and needs no clock.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from router.adapters.sql.database import unavailable, writing
+from router.adapters.sql.ledger import lock_rows
+from router.adapters.sql.schema import cache_invalidations, cache_labels
+from router.core.cached import (
+    INVALIDATION_KINDS,
+    CacheLabel,
+    Invalidation,
+    InvalidationKind,
+    Invalidations,
+)
+from router.core.errors import ConfigurationError, UnavailableError
+from router.core.policy import CacheUse
+
+log = logging.getLogger("farthing")
+
+FEEDBACK = "feedback"
+WATCH_SECONDS = 2.0
+DAY = 86_400.0
+LABEL_DAYS = 90
+MAX_LABELS = 50_000
+_LABEL_STEP = MAX_LABELS // 5
+LEAST_DAYS = 8
+"""A rule stays in force this long at least, and a day longer than any answer may be kept."""
+MAX_VALUE = 200
+MAX_REASON = 500
+
+
+# ---- rules ----
+
+
+def invalidate(
+    engine: Engine, kind: InvalidationKind, value: str, *, at: datetime, by: str, reason: str | None = None
+) -> Invalidation:
+    """Books a rule. `by`: `admin`, `cli` or the id of a key.
+
+    Raises ConfigurationError naming the field, UnavailableError when SQL does not answer.
+    """
+    value = _checked(kind, value)
+    if reason is not None and len(reason) > MAX_REASON:
+        raise ConfigurationError(f"reason: is longer than {MAX_REASON} characters")
+    try:
+        with writing(engine) as connection:
+            return add_rule(connection, kind, value, at=at, by=by, reason=reason)
+    except SQLAlchemyError as error:
+        raise unavailable(error) from None
+
+
+def add_rule(
+    connection: Connection, kind: InvalidationKind, value: str, *, at: datetime, by: str, reason: str | None
+) -> Invalidation:
+    """The same within a transaction that writes."""
+    lock_rows(connection, cache_invalidations)
+    newest = connection.scalar(sa.select(sa.func.max(cache_invalidations.c.id)))
+    rule = Invalidation(int(newest or 0) + 1, kind, value, at)
+    connection.execute(
+        sa.insert(cache_invalidations).values(
+            id=rule.id, at=at, kind=kind, value=value, by=by, reason=_printable(reason)
+        )
+    )
+    return rule
+
+
+def _printable(text: str | None) -> str | None:
+    """Text that every database and terminal takes."""
+    if text is None:
+        return None
+    return "".join(char if char.isprintable() else " " for char in text).strip() or None
+
+
+def _checked(kind: InvalidationKind, value: str) -> str:
+    if kind not in INVALIDATION_KINDS:
+        raise ConfigurationError(f"kind: must be one of {', '.join(INVALIDATION_KINDS)}")
+    if kind == "all":
+        if value:
+            raise ConfigurationError("value: `all` takes none")
+        return ""
+    if not value or len(value) > MAX_VALUE or not value.isprintable():
+        raise ConfigurationError(f"value: write the {kind}, at most {MAX_VALUE} printable characters")
+    if kind == "tag" and ("=" not in value or value.startswith("=") or value.endswith("=")):
+        raise ConfigurationError("value: a tag is written key=value, such as data=pii")
+    if kind == "app":
+        team, slash, app = value.partition("/")
+        if not (slash and team and app):
+            raise ConfigurationError("value: an app is written TEAM/APP, such as search/faq-bot")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class BookedRule:
+    """A rule with who made it and why."""
+
+    rule: Invalidation
+    by: str
+    reason: str | None
+
+
+def list_rules(engine: Engine, limit: int = 50, *, without_entries: bool = False) -> list[BookedRule]:
+    """The newest first. `without_entries`: leaves out quarantined entries. Raises UnavailableError."""
+    table = cache_invalidations
+    query = sa.select(table).order_by(table.c.id.desc()).limit(limit)
+    if without_entries:
+        query = query.where(table.c.kind != "entry")
+    try:
+        with engine.connect() as connection:
+            return [BookedRule(_rule(row), row.by, row.reason) for row in connection.execute(query)]
+    except SQLAlchemyError as error:
+        raise unavailable(error) from None
+
+
+def _rule(row: Any) -> Invalidation:
+    return Invalidation(row.id, row.kind, row.value, row.at)
+
+
+# ---- a running gateway ----
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Labels that the bound may use, in the order they were booked. Frozen: a reader keeps the one it took.
+
+    `starts`: where each scope's first label stands in `ordered`.
+    """
+
+    ordered: tuple[CacheLabel, ...] = ()
+    by_scope: dict[str, tuple[CacheLabel, ...]] = field(default_factory=dict)
+    starts: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, ordered: Sequence[CacheLabel]) -> Evidence:
+        by_scope: dict[str, list[CacheLabel]] = {}
+        starts: dict[str, int] = {}
+        for at, label in enumerate(ordered):
+            starts.setdefault(label.scope, at)
+            by_scope.setdefault(label.scope, []).append(label)
+        return cls(
+            ordered=tuple(ordered),
+            by_scope={scope: tuple(found) for scope, found in by_scope.items()},
+            starts=starts,
+        )
+
+    def labels(self, scope: str) -> Sequence[CacheLabel]:
+        return self.by_scope.get(scope, ())
+
+    def pool(self, scope: str) -> Sequence[CacheLabel]:
+        start = self.starts.get(scope)
+        return self.ordered if start is None else self.ordered[:start]
+
+
+def first_id(newest: int) -> int:
+    """The first label id that is read. It moves in steps, the same in every worker, so that a scope's evidence is
+    not trimmed with each label that comes in; between 40,000 and 50,000 are read.
+    """
+    return max(0, -(-newest // _LABEL_STEP) * _LABEL_STEP - MAX_LABELS) + 1
+
+
+def first_day(now: datetime) -> datetime:
+    """The moment from which labels are read: the beginning of the month that was `LABEL_DAYS` ago."""
+    return (now.astimezone(UTC) - timedelta(days=LABEL_DAYS)).replace(
+        day=1, hour=0, minute=0, second=0, microsecond=0
+    )
+
+
+class SqlCacheBook:
+    """`core.cached.CacheBook` over SQL. What was read stays in force while SQL is away.
+
+    `use` says what the policy in force wants of the caches; where no team uses any, SQL is not asked.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        use: Callable[[], CacheUse],
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        every: float = WATCH_SECONDS,
+    ) -> None:
+        self._engine = engine
+        self._use = use
+        self._now = now
+        self._every = every
+        self._looking = threading.Lock()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._rules: dict[tuple[str, str], Invalidation] = {}
+        self._newest_rule = 0
+        self._reaches = 0.0
+        self._labels: list[tuple[int, CacheLabel]] = []
+        self._newest_label = 0
+        self._from: datetime | None = None
+        self._invalidations = Invalidations()
+        self._evidence = Evidence()
+        self._revision = 0
+        self.sql_up = True
+        """False from a failed look until the next that succeeds."""
+
+    # -- the port --
+
+    @property
+    def invalidations(self) -> Invalidations:
+        return self._invalidations
+
+    @property
+    def revision(self) -> int:
+        return self._revision
+
+    @property
+    def evidence(self) -> Evidence:
+        return self._evidence
+
+    def labels(self, scope: str) -> Sequence[CacheLabel]:
+        return self._evidence.labels(scope)
+
+    def pool(self, scope: str) -> Sequence[CacheLabel]:
+        return self._evidence.pool(scope)
+
+    # -- reading --
+
+    def start(self) -> None:
+        """The first look is made before it returns. Raises UnavailableError: without the rules an answer that may
+        no longer be served could be.
+        """
+        self.refresh_now()
+        self._thread = threading.Thread(target=self._run, name="cache-book", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(5)
+
+    def wake(self) -> None:
+        """Looks at once, in its own thread: after a new configuration."""
+        self._wake.set()
+
+    def refresh_now(self) -> None:
+        """Reads what is new before it returns: after a local write. Blocks; raises UnavailableError."""
+        use = self._use()
+        if not use.any:
+            return
+        with self._looking:
+            try:
+                with self._engine.connect() as connection:
+                    self._read_rules(connection, use)
+                    if use.semantic:
+                        self._read_labels(connection)
+            except SQLAlchemyError as error:
+                self.sql_up = False
+                raise unavailable(error) from None
+            self.sql_up = True
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait(self._every)
+            self._wake.clear()
+            if self._stopping:
+                return
+            was_up = self.sql_up
+            try:
+                self.refresh_now()
+            except UnavailableError as error:
+                if was_up:
+                    log.warning("%s; the rules of the caches known so far stay in force", error)
+            except Exception:
+                self.sql_up = False
+                if was_up:
+                    log.exception(
+                        "the rules of the caches could not be read; those known so far stay in force"
+                    )
+
+    def _read_rules(self, connection: Connection, use: CacheUse) -> None:
+        table = cache_invalidations
+        keep = max(LEAST_DAYS * DAY, use.longest_ttl + DAY)
+        since = self._now() - timedelta(seconds=keep)
+        if keep > self._reaches:  # answers may now live longer than the rules that were read
+            newest = sa.select(sa.func.max(table.c.id).label("id")).where(table.c.at >= since)
+            query = sa.select(table).where(table.c.id.in_(newest.group_by(table.c.kind, table.c.value)))
+            last = connection.scalar(sa.select(sa.func.max(table.c.id))) or 0
+            rules: dict[tuple[str, str], Invalidation] = {}
+        else:
+            query = sa.select(table).where(table.c.id > self._newest_rule).order_by(table.c.id)
+            last = self._newest_rule
+            rules = self._rules
+        found = [_rule(row) for row in connection.execute(query)]
+        self._reaches = keep
+        if not found and rules is self._rules:
+            return
+        rules = {key: rule for key, rule in rules.items() if rule.at >= since}
+        for rule in sorted(found, key=lambda rule: rule.id):
+            rules[rule.kind, rule.value] = rule
+        self._rules = rules
+        # Rules grow old, generations do not: the newest id counts even where its rule is no longer kept.
+        self._newest_rule = max([last, *(rule.id for rule in found)])
+        self._invalidations = Invalidations(rules.values(), newest=self._newest_rule)
+
+    def _read_labels(self, connection: Connection) -> None:
+        table = cache_labels
+        start = first_day(self._now())
+        newest = connection.scalar(sa.select(sa.func.max(table.c.id))) or 0
+        if newest <= self._newest_label and start == self._from:
+            return
+        first = first_id(newest)
+        query = (
+            sa.select(table)
+            .where(
+                table.c.id > self._newest_label,
+                table.c.id >= first,
+                table.c.id <= newest,
+                table.c.at >= start,
+                table.c.source != FEEDBACK,
+            )
+            .order_by(table.c.id)
+        )
+        found = [(row.id, _label(row)) for row in connection.execute(query)]
+        kept = [pair for pair in self._labels if pair[0] >= first and pair[1].at >= start]
+        changed = bool(found) or len(kept) != len(self._labels)
+        self._newest_label, self._from = newest, start
+        if changed:
+            self._labels = kept + found
+            self._evidence = Evidence.of([label for _, label in self._labels])
+            self._revision += 1
+
+
+def _label(row: Any) -> CacheLabel:
+    return CacheLabel(
+        request_id=row.request_id,
+        scope=row.scope,
+        entry=row.entry,
+        score=row.score,
+        right=row.correct,
+        propensity=row.propensity,
+        source=row.source,
+        at=row.at,
+        key_id=row.key_id,
+        team=row.team,
+        app=row.app,
+        comment=row.comment,
+    )
