@@ -23,6 +23,7 @@ from router.adapters.redis_store.caches import RedisCacheStore
 from router.adapters.redis_store.connection import RedisConnection, connect
 from router.adapters.redis_store.secret_check import shares_secret
 from router.adapters.sql.artefacts import ArtefactWatch
+from router.adapters.sql.cache_book import SqlCacheBook
 from router.adapters.sql.database import open_engine, prepare_schema
 from router.adapters.sql.keys import SqlKeyDirectory
 from router.adapters.sql.labels import SqlFeedback
@@ -113,6 +114,7 @@ class Gateway:
             self._classifier.static.id,
             wanted=lambda: self.watch.current.learn is not None,
         )
+        self._book = SqlCacheBook(self._engine, use=lambda: self.watch.current.cache_use)
         self._missing.remove("encoder")
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="transformer")
         self._wires: dict[str, Upstream] = {
@@ -178,12 +180,14 @@ class Gateway:
             self._writer.on_cancelled = self._release_in(asyncio.get_running_loop())
         try:
             await self._writer.replay()
+            await asyncio.to_thread(self._book.start)
         except UnavailableError as error:
             raise ConfigurationError(
                 f"The database at {without_password(self.settings.database_url)} does not answer ({error}). "
                 "Start it, or correct FARTHING_DATABASE_URL."
             ) from None
         self._writer.start()
+        self.watch.subscribe(lambda _: self._book.wake())
         await asyncio.to_thread(self._keys.refresh)
         await asyncio.to_thread(self._record_policy)
         self.watch.subscribe(self._record_later)
@@ -249,6 +253,7 @@ class Gateway:
         self._keys.stop()
         self._feedback.close()
         await asyncio.to_thread(self._artefacts.stop)
+        await asyncio.to_thread(self._book.stop)
         await asyncio.to_thread(self._writer.stop)
         self._journal.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
