@@ -28,8 +28,9 @@ Vector = NDArray[np.float32]
 
 MAX_BYTES = 96 * 1024 * 1024
 CANDIDATES = 8
+BEST = 5
 FLOOR = 0.55
-_CHUNK = 512
+_CHUNK = 1024
 _SWEPT = 64
 # What Python takes beside arrays and texts, measured (benchmarks/semantic_lookup.py). Of a partition: its object,
 # tables and place in the index. Of a row: id, packed entry, the slots of three lists and a dict.
@@ -89,13 +90,14 @@ class VectorIndex:
         self._drop(partition)
         now = self._now()
         kept = [entry for entry in entries if entry.partition == partition and self._fits(entry, now)]
-        # One that outgrows the whole memory is kept in part: the newest.
-        kept.sort(key=lambda entry: entry.stored_at)
+        # One that would take more than half of the memory is kept in part, the newest.
+        kept.sort(key=lambda entry: entry.stored_at, reverse=True)
+        row = 2 * self._dimensions + self._sketch_dimensions + _ROW_BYTES
+        sizes = np.cumsum([row + len(entry.prompt) for entry in kept])
+        kept = kept[: int(np.searchsorted(sizes, self._max_bytes // 2))]
         fresh = _Partition(self._sketch_dimensions, self._dimensions, len(kept))
         self._partitions[partition] = fresh
-        for entry in reversed(kept):
-            if fresh.bytes > self._max_bytes:
-                break
+        for entry in kept:
             fresh.add(entry)
         self.bytes += fresh.bytes
         self._bound()
@@ -144,10 +146,10 @@ class VectorIndex:
         return found.near(np.asarray(sketch, dtype=np.float32), limit, floor, now, self._room)
 
     def best(
-        self, partition: str, candidates: Sequence[Near], vector: Vector
+        self, partition: str, candidates: Sequence[Near], vector: Vector, limit: int = BEST
     ) -> list[tuple[SemanticEntry, float]]:
-        """Candidates that are still there with the cosine of their vectors to `vector` (float32 of length 1),
-        the highest first.
+        """The candidates still there whose vectors are nearest, with the cosine, the highest first. `vector` is
+        float32 of length 1. The entries' own sketches are empty: only int8 is left of them.
         """
         found = self._partitions.get(partition)
         if found is None:
@@ -158,7 +160,7 @@ class VectorIndex:
             return []
         cosines = found.vectors[rows].astype(np.float32) @ np.asarray(vector, dtype=np.float32)
         order = np.argsort(-cosines, kind="stable")
-        return [(found.entry(partition, rows[i]), float(cosines[i])) for i in order]
+        return [(found.entry(partition, rows[i]), float(cosines[i])) for i in order[:limit]]
 
     def _now(self) -> float:
         return self._clock.now().timestamp()
@@ -299,15 +301,13 @@ class _Partition:
             self._common[row]
         )
         team, app, model, tags, scope = origin
-        scale = self._scales[row]
         return SemanticEntry(
             origin=Origin(self._ids[row], generation, team, app, model, tags, scope),
             tenant=tenant,
             partition=partition,
             prompt=prompt,
             vector=self.vectors[row].astype("<f2").tobytes(),
-            # Of what int8 left of it.
-            sketch=(self._sketches[row] * scale).astype("<f2").tobytes(),
+            sketch=b"",
             encoder_id=encoder_id,
             stored_at=stored_at,
             expires_at=float(self._expires[row]),
