@@ -342,9 +342,13 @@ async def test_the_cache_comes_back_by_itself(server: ValkeyServer, connection: 
     cache.put("k", b"value", 60)
     await asyncio.sleep(0.05)
     server.kill()
-    assert await cache.get("k") is None
+    # What this worker put or read is still served, and what it deletes is gone.
+    assert await cache.get("k") == b"value"
     with pytest.raises(UnavailableError):
         await cache.delete("k")
+    assert await cache.get("k") is None
+    cache.put("k", b"alone", 60)
+    assert await cache.get("k") == b"alone"
     server.start()
     await until(lambda: connection.up)
     assert await cache.get("k") is None
@@ -352,6 +356,38 @@ async def test_the_cache_comes_back_by_itself(server: ValkeyServer, connection: 
     await asyncio.sleep(0.05)
     assert await cache.get("k") == b"value"
     await cache.close()
+
+
+async def test_what_is_remembered_without_redis_ends_in_time_and_is_bounded(
+    server: ValkeyServer, connection: RedisConnection
+) -> None:
+    now = 1000.0
+    writer = RedisCacheStore(connection, now=lambda: now)
+    cache = RedisCacheStore(connection, memory_bytes=3_000, now=lambda: now)
+    for name in ("a", "b", "c", "d"):
+        writer.put(name, name.encode() * 1000, 60)
+    writer.put("short", b"short", 10)
+    await writer.close()
+    for name in ("a", "b", "c", "d", "short"):
+        assert await cache.get(name) is not None
+    # Deleted by another worker, and seen to be gone.
+    await writer.delete("c")
+    assert await cache.get("c") is None
+    server.kill()
+    assert [await cache.get(name) for name in ("a", "b", "c")] == [None] * 3
+    assert await cache.get("d") == b"d" * 1000
+    assert await cache.get("short") == b"short"
+    now += 11
+    assert await cache.get("short") is None
+    now += 50
+    assert await cache.get("d") is None
+
+
+async def test_a_value_of_another_version_is_none(connection: RedisConnection) -> None:
+    cache = RedisCacheStore(connection)
+    for value in (b"", b"\x01", b"\x07" + b"x" * 100):
+        await connection.execute("SET", "farthing:cache:k", value)
+        assert await cache.get("k") is None
 
 
 async def test_writes_waiting_for_the_cache_are_bounded(connection: RedisConnection) -> None:
