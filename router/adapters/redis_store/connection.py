@@ -139,6 +139,18 @@ class RedisConnection:
                 self._open(error)
                 raise UnavailableError("Redis is away") from error
 
+    async def listen(self, *words: str | bytes | int, seconds: float) -> Any:
+        """The reply to a command that may wait at the server for `seconds`: beside the time limit, the breaker and
+        the connections of requests. One at a time. Raises UnavailableError when Redis is away.
+        """
+        if not self._up or self._closed:
+            raise UnavailableError("Redis is away")
+        try:
+            async with asyncio.timeout(seconds + 1):
+                return await self._client.execute_command(*words)
+        except (RedisError, OSError, TimeoutError) as error:
+            raise UnavailableError("Redis is away") from error
+
     async def run(
         self,
         script: Script,
@@ -217,7 +229,7 @@ def connect(
             if url.startswith(scheme):
                 cluster = RedisCluster.from_url(
                     plain + url.removeprefix(scheme),
-                    max_connections=connections,
+                    max_connections=connections + 1,  # and one that listens
                     protocol=2,
                     driver_info=None,
                 )
@@ -227,7 +239,7 @@ def connect(
         # No retry inside the client: a reservation sent twice would hold twice.
         pool = ConnectionPool.from_url(
             url,
-            max_connections=connections,
+            max_connections=connections + 1,  # and one that listens
             protocol=2,
             retry=Retry(NoBackoff(), 0),
             socket_timeout=None,
