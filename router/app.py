@@ -21,6 +21,7 @@ from router.adapters.price_catalogue import shipped_catalogue
 from router.adapters.redis_store.budgets import RedisBudgetStore
 from router.adapters.redis_store.caches import RedisCacheStore
 from router.adapters.redis_store.connection import RedisConnection, connect
+from router.adapters.redis_store.flights import RedisFlightBoard
 from router.adapters.redis_store.secret_check import shares_secret
 from router.adapters.sql.artefacts import ArtefactWatch
 from router.adapters.sql.cache_book import SqlCacheBook
@@ -122,7 +123,9 @@ class Gateway:
             "litellm": _LazyLitellm(self._provider_keys),
         }
         self._budgets, self._caches = self._stores()
-        self._board: FlightBoard = MemoryFlightBoard()
+        self._board: FlightBoard = (
+            RedisFlightBoard(self._redis, settings.secret) if self._redis is not None else MemoryFlightBoard()
+        )
         self._admission = Admission(self._keys, settings.secret, open_team=settings.open_team)
         identifiers = RequestIdentifiers()
         draw = random.Random().random  # noqa: S311 - spreads load and samples; guards nothing
@@ -195,6 +198,7 @@ class Gateway:
         self._keys.start()
         if self._redis is not None:
             await self._join_redis(self._redis)
+        await self._board.start()
         loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(self.watch.run()),
@@ -246,6 +250,7 @@ class Gateway:
         await self._shadows.ended()
         for wire in self._wires.values():
             await wire.close()
+        await self._board.close()
         await self._budgets.close()
         await self._caches.close()
         if self._redis is not None:
