@@ -220,8 +220,8 @@ class SharedCall(Protocol):
         ...
 
     def parts(self) -> AsyncGenerator[CallPart, None]:
-        """The call goes on while this is read; closing it leaves. Raises CallLost where it fails before its answer
-        begins, or is too large to be shared.
+        """The call goes on while this is read; closing it leaves. Ends without any part where it turns out to be no
+        call. Raises CallLost where it fails before its answer begins, or is too large to be shared.
         """
         ...
 

@@ -200,8 +200,10 @@ class Flight:
                 if self._finished:
                     raise CallLost("the call failed before its answer began")
                 await subscription.wait()
-            if self._kept > KEEP or self.leader is None:
-                raise CallLost("the answer is not shared")
+            if self.leader is None:
+                return  # found in a cache, where others find it as well
+            if self._kept > KEEP:
+                raise CallLost("the answer is too large to be shared")
             yield self.begun
             try:
                 async for frames in subscription.batches():

@@ -398,6 +398,8 @@ class RedisFlightBoard:
                             left = _without(pieces, pump.ask.after - skipped)
                             skipped = pump.ask.after
                             await self._say_frames(pump, left)
+            if not pump.number:
+                await self._say(pump)
             # Until the follower, who has heard it all, leaves: the last words may get lost.
             await asyncio.sleep(AWAY)
         except CallLost:
