@@ -18,9 +18,11 @@ def weight(entry: SemanticEntry, body: bytes) -> int:
     return len(body) + len(entry.prompt.encode()) + len(entry.vector) + len(entry.sketch) + ENTRY_BYTES
 
 
-def worth(entry: SemanticEntry, size: int) -> float:
-    """Nano-USD that one more hit saves, a byte. What is not priced is worth the least there is."""
-    return max(entry.cost or 0, 1) / size
+def priority(inflation: float, hits: int, cost: int | None, size: int) -> float:
+    """GreedyDual-Size-Frequency (Cherkasova 1998): inflation + frequency x cost / size. `cost` is the nano-USD that a
+    hit saves; what is not priced is worth the least there is. It orders entries and is no money.
+    """
+    return inflation + hits * max(cost or 0, 1) / size
 
 
 @dataclass(slots=True)
@@ -145,8 +147,7 @@ class MemorySemanticStore:
         return self._clock.now().timestamp()
 
     def _rank(self, tenant: _Tenant, kept: _Kept) -> None:
-        """GreedyDual-Size-Frequency (Cherkasova 1998): inflation + frequency x cost / size."""
-        kept.priority = tenant.inflation + kept.hits * worth(kept.entry, kept.size)
+        kept.priority = priority(tenant.inflation, kept.hits, kept.entry.cost, kept.size)
         heapq.heappush(tenant.queue, (kept.priority, kept.entry.id))
         if len(tenant.queue) > 100 and len(tenant.queue) > 4 * len(self._kept):
             tenant.queue = [item for item in tenant.queue if self._holds(item)]

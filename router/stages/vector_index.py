@@ -89,17 +89,17 @@ class VectorIndex:
         """
         self._drop(partition)
         now = self._now()
-        kept = [entry for entry in entries if entry.partition == partition and self._fits(entry, now)]
+        by_id = {entry.id: entry for entry in entries if entry.partition == partition}
+        kept = [entry for entry in by_id.values() if self._fits(entry, now)]
         # One that would take more than half of the memory is kept in part, the newest.
         kept.sort(key=lambda entry: entry.stored_at, reverse=True)
         row = 2 * self._dimensions + self._sketch_dimensions + _ROW_BYTES
         sizes = np.cumsum([row + len(entry.prompt) for entry in kept])
         kept = kept[: int(np.searchsorted(sizes, self._max_bytes // 2))]
         fresh = _Partition(self._sketch_dimensions, self._dimensions, len(kept))
+        fresh.fill(kept)
         self._partitions[partition] = fresh
-        for entry in kept:
-            fresh.add(entry)
-        self.bytes += fresh.bytes
+        self.bytes += fresh.size
         self._bound()
 
     def add(self, entry: SemanticEntry) -> None:
@@ -108,18 +108,18 @@ class VectorIndex:
         now = self._now()
         if found is None or not self._fits(entry, now):
             return
-        before = found.bytes
+        before = found.size
         found.sweep(now)
         found.add(entry)
-        self.bytes += found.bytes - before
+        self.bytes += found.size - before
         self._bound()
 
     def remove(self, partition: str, entry_id: str) -> None:
         found = self._partitions.get(partition)
         if found is not None:
-            before = found.bytes
+            before = found.size
             found.remove(entry_id)
-            self.bytes += found.bytes - before
+            self.bytes += found.size - before
 
     def forget(self) -> None:
         """No partition is loaded any more."""
@@ -140,9 +140,9 @@ class VectorIndex:
             return ()
         self._partitions.move_to_end(partition)
         now = self._now()
-        before = found.bytes
+        before = found.size
         found.sweep(now)
-        self.bytes += found.bytes - before
+        self.bytes += found.size - before
         return found.near(np.asarray(sketch, dtype=np.float32), limit, floor, now, self._room)
 
     def best(
@@ -174,7 +174,7 @@ class VectorIndex:
 
     def _drop(self, partition: str) -> None:
         if (gone := self._partitions.pop(partition, None)) is not None:
-            self.bytes -= gone.bytes
+            self.bytes -= gone.size
 
     def _bound(self) -> None:
         while self.bytes > self._max_bytes and self._partitions:
@@ -216,7 +216,7 @@ class _Partition:
         self._commons: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         arrays = self._sketches.nbytes + self._scales.nbytes + self._expires.nbytes + self.vectors.nbytes
         return (
             _PARTITION_BYTES
@@ -226,29 +226,32 @@ class _Partition:
             + _COMMON_BYTES * len(self._commons)
         )
 
+    def fill(self, entries: Sequence[SemanticEntry]) -> None:
+        """Many at once into an empty one, no id twice: a third of the time."""
+        for entry in entries:
+            self._append(entry.id, *self._packed(entry))
+        if entries:
+            sketches = np.frombuffer(b"".join(entry.sketch for entry in entries), dtype="<f2")
+            self._quantise(slice(0, self.rows), sketches.reshape(self.rows, -1))
+            vectors = np.frombuffer(b"".join(entry.vector for entry in entries), dtype="<f2")
+            self.vectors[:] = vectors.reshape(self.rows, -1)
+            self._expires[:] = [entry.expires_at for entry in entries]
+            self._soonest = float(self._expires.min())
+
     def add(self, entry: SemanticEntry) -> None:
         row = self._rows.get(entry.id)
-        own, common = _packed(entry)
-        common = self._commons.setdefault(common, common)
+        own, common = self._packed(entry)
         if row is None:
             row = self.rows
             if row == len(self._scales):
                 self._grow()
-            self.rows += 1
-            self._rows[entry.id] = row
-            self._ids.append(entry.id)
-            self._own.append(own)
-            self._common.append(common)
+            self._append(entry.id, own, common)
         else:
-            self._own_bytes -= len(self._own[row])
+            self._own_bytes += len(own) - len(self._own[row])
             self._own[row], self._common[row] = own, common
-        self._own_bytes += len(own)
-        sketch = np.frombuffer(entry.sketch, dtype="<f2").astype(np.float32)
-        scale = float(np.abs(sketch).max()) / 127 or 1.0
-        self._sketches[row] = np.rint(sketch / scale)
-        self._scales[row] = scale
-        self._expires[row] = entry.expires_at
+        self._quantise(slice(row, row + 1), np.frombuffer(entry.sketch, dtype="<f2")[np.newaxis])
         self.vectors[row] = np.frombuffer(entry.vector, dtype="<f2")
+        self._expires[row] = entry.expires_at
         self._soonest = min(self._soonest, entry.expires_at)
 
     def remove(self, entry_id: str) -> None:
@@ -320,6 +323,25 @@ class _Partition:
             stream=stream,
             body_bytes=body_bytes,
         )
+
+    def _packed(self, entry: SemanticEntry) -> tuple[bytes, tuple[Any, ...]]:
+        own, common = _packed(entry)
+        return own, self._commons.setdefault(common, common)
+
+    def _append(self, entry_id: str, own: bytes, common: tuple[Any, ...]) -> None:
+        self._rows[entry_id] = self.rows
+        self._ids.append(entry_id)
+        self._own.append(own)
+        self._own_bytes += len(own)
+        self._common.append(common)
+        self.rows += 1
+
+    def _quantise(self, rows: slice, sketches: NDArray[np.float16]) -> None:
+        exact = sketches.astype(np.float32)
+        scales = np.abs(exact).max(axis=1) / 127
+        scales[scales == 0] = 1
+        self._sketches[rows] = np.rint(exact / scales[:, np.newaxis])
+        self._scales[rows] = scales
 
     def _grow(self) -> None:
         capacity = self.rows + self.rows // 2 + 1

@@ -11,10 +11,12 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from redis.crc import key_slot
 
-from router.adapters.memory_semantic import ENTRY_BYTES, MemorySemanticStore, weight
-from router.adapters.redis_store import RedisSemanticStore, connect, semantic
+from router.adapters.memory_semantic import MemorySemanticStore, weight
+from router.adapters.redis_store import RedisSemanticStore, connect
 from router.adapters.redis_store.connection import RedisConnection, Script
 from router.core.cached import Origin, SemanticEntry, SemanticStore
 from router.stages.vector_index import VectorIndex
@@ -313,7 +315,56 @@ async def test_listeners_hear_what_is_put(store: SemanticStore, tenant: str, par
     assert cosine == pytest.approx(1.0, abs=1e-3)
     await store.remove_entry(entries[3].id)
     assert all(one.entry_id != entries[3].id for one in index.near(partition, unit(3, 256), floor=-1.0))
-    assert ENTRY_BYTES > 0
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["put", "put", "put", "served", "remove"]),
+            st.integers(0, 9),
+            st.integers(0, 3_000),
+            st.sampled_from([None, 1, 5_000, 100_000, 100_001, 3_000_000]),
+        ),
+        max_size=40,
+    ),
+    quota=st.integers(4_000, 20_000),
+)
+def test_both_stores_let_the_same_go(
+    valkey_server: ValkeyServer,  # noqa: F811
+    steps: list[tuple[str, int, int, int | None]],
+    quota: int,
+) -> None:
+    async def play(store: SemanticStore, tenant: str) -> tuple[set[str], int]:
+        kept: list[SemanticEntry] = []
+        for number, (what, which, length, cost) in enumerate(steps):
+            if what == "put":
+                entry = entry_of(tenant, f"{tenant}{which % 3}", id=f"{tenant}-{number:03}", cost=cost)
+                kept.append(entry)
+                store.put(entry, b"x" * length, quota)
+            elif kept and what == "served":
+                store.served(kept[which % len(kept)])
+            elif kept:
+                await store.remove_entry(kept[which % len(kept)].id)
+            await written(store)
+        left: set[str] = set()
+        for third in range(3):
+            left |= {entry.id[-3:] for entry in await store.load(f"{tenant}{third}") or ()}
+        assert left == {entry.id[-3:] for entry in kept if await store.body(entry) is not None}
+        return left, (await store.size()).bytes.get(tenant, 0)
+
+    async def both() -> None:
+        memory = MemorySemanticStore(RunningClock())
+        connection = connect(valkey_server.url)
+        redis = RedisSemanticStore(connection, RunningClock())
+        tenant = uuid.uuid4().hex
+        ours, theirs = await play(memory, tenant), await play(redis, tenant)
+        assert ours == theirs
+        assert ours[1] <= quota
+        await redis.close()
+        await connection.close()
+
+    asyncio.run(both())
 
 
 # Several workers on one Valkey.
@@ -564,7 +615,3 @@ async def test_a_cluster_serves_entries(tenant: str, partition: str) -> None:
         await connection.close()
     finally:
         server.close()
-
-
-def test_what_the_store_tells_of_is_bounded() -> None:
-    assert semantic._KEPT_CHANGES <= 20_000

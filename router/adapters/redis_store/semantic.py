@@ -106,8 +106,8 @@ class _Load:
 class RedisSemanticStore:
     """See the port `SemanticStore`. The connection is shared: `close` leaves it open.
 
-    A body above `max_body_bytes` is not kept. Puts beyond `max_pending`, or while Redis is away, stay with this
-    worker. `memory_bytes` bounds what it remembers. `poll_every`: seconds.
+    A body above `max_body_bytes` is not kept, nor is any put while `max_pending` others wait. `memory_bytes` bounds
+    what this worker remembers. `poll_every`: seconds.
     """
 
     def __init__(
@@ -196,11 +196,14 @@ class RedisSemanticStore:
         ):
             self.dropped += 1
             return
-        self._remembered.keep(entry, body)
-        full = len(self._pending) >= self._max_pending or self._pending_bytes + len(body) > _MAX_PENDING_BYTES
-        if full or not self._connection.up:
+        if not self._connection.up:
+            self._remembered.keep(entry, body)
             self._keep_alone(entry)
             return
+        if len(self._pending) >= self._max_pending or self._pending_bytes + len(body) > _MAX_PENDING_BYTES:
+            self.dropped += 1
+            return
+        self._remembered.keep(entry, body)
         self._pending[entry.id] = (entry, body, quota)
         self._pending_bytes += len(body)
         self._work()

@@ -134,6 +134,7 @@ if size and partition ~= ARGV[3] then return reply end
 if ARGV[4] == '0' and redis.call('EXISTS', KEYS[5]) == 1 then return reply end
 sweep()
 drop(ARGV[2])
+redis.call('HDEL', prefix .. 'members:' .. ARGV[3], ARGV[2])
 if ARGV[4] ~= '0' then redis.call('SET', KEYS[5], '', 'PX', ARGV[4]) end
 reply[1] = 1
 return reply
