@@ -15,6 +15,7 @@ from router.adapters.administration import SqlAdministration
 from router.adapters.configuration import ConfigurationWatch
 from router.adapters.journal import JournalFile
 from router.adapters.memory import MemoryBudgetStore, MemoryCacheStore, MemoryFlightBoard
+from router.adapters.memory_semantic import MemorySemanticStore
 from router.adapters.metrics import PrometheusTelemetry
 from router.adapters.openai_wire import OpenAIWire
 from router.adapters.price_catalogue import shipped_catalogue
@@ -23,6 +24,7 @@ from router.adapters.redis_store.caches import RedisCacheStore
 from router.adapters.redis_store.connection import RedisConnection, connect
 from router.adapters.redis_store.flights import RedisFlightBoard
 from router.adapters.redis_store.secret_check import shares_secret
+from router.adapters.redis_store.semantic import RedisSemanticStore
 from router.adapters.sql.artefacts import ArtefactWatch
 from router.adapters.sql.cache_book import SqlCacheBook
 from router.adapters.sql.database import open_engine, prepare_schema
@@ -34,6 +36,7 @@ from router.adapters.sql.writer import LedgerWriter
 from router.adapters.system import RequestIdentifiers, SystemClock
 from router.api.admin_plane import LazyAdminPlane
 from router.api.data_plane import DataPlane
+from router.core.cached import SemanticStore
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.health import Health
 from router.core.ports import (
@@ -50,18 +53,22 @@ from router.pipeline import Pipeline
 from router.settings import Settings, without_password
 from router.stages.admit import Admission
 from router.stages.cascade import Cascade
+from router.stages.check import CacheChecks
 from router.stages.classify import Classify
 from router.stages.decide import Decide
 from router.stages.dispatch import Dispatch
+from router.stages.evidence import Evidence
 from router.stages.exact import ExactCache
 from router.stages.feedback import Feedback
 from router.stages.flight import Flights
 from router.stages.learn import Learn
+from router.stages.likeness import ShippedLikeness
 from router.stages.reserve import Reserve
-from router.stages.semantic import ShadowSemanticCache
+from router.stages.semantic import LikenessCache
 from router.stages.settle import Settle
 from router.stages.shadow import Shadows
 from router.stages.sharing import Sharing
+from router.stages.vector_index import VectorIndex
 
 log = logging.getLogger("farthing")
 
@@ -136,7 +143,21 @@ class Gateway:
             dispatch, reserve, settle, self._classifier.static, self._clock, identifiers, draw
         )
         self._decide = Decide(self._health, self._clock, lambda: self._artefacts.current, self._executor)
-        exact = ExactCache(self._caches, settings.secret)
+        exact = ExactCache(self._caches, settings.secret, lambda: self._book.invalidations)
+        self._answers = self._semantic_store()
+        self._likeness = ShippedLikeness(self._classifier)
+        self._semantic = LikenessCache(
+            self._answers,
+            VectorIndex(self._clock),
+            self._book,
+            self._likeness,
+            Evidence(self._book, self._clock.monotonic),
+            self._executor,
+            settings.secret,
+            self._telemetry,
+            self._clock,
+            draw,
+        )
         pipeline = Pipeline(
             configuration=lambda: self.watch.current,
             admission=self._admission,
@@ -145,12 +166,14 @@ class Gateway:
             sharing=Sharing(self._board, exact, self._clock),
             classify=Classify(self._classifier, self._executor),
             learn=Learn(self._classifier.static, self._clock),
-            semantic=ShadowSemanticCache(self._classifier.static, settings.secret, self._telemetry),
+            semantic=self._semantic,
             decide=self._decide,
             reserve=reserve,
             cascade=Cascade(dispatch, reserve, self._clock),
             settle=settle,
             shadows=self._shadows,
+            checks=CacheChecks(self._shadows, self._answers, self._clock, draw),
+            book=self._book,
             clock=self._clock,
             draw=draw,
         )
@@ -199,6 +222,8 @@ class Gateway:
         if self._redis is not None:
             await self._join_redis(self._redis)
         await self._board.start()
+        await self._answers.start()
+        self.watch.subscribe(self._load_likeness_later)
         loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(self.watch.run()),
@@ -206,6 +231,10 @@ class Gateway:
             loop.create_task(asyncio.to_thread(self._load_transformer)),
         ]
         self._missing.remove("journal replay")
+
+    def _load_likeness_later(self, _: Snapshot) -> None:
+        if self.watch.current.cache_use.semantic:
+            self._executor.submit(self._likeness.load)
 
     def _release_in(self, loop: asyncio.AbstractEventLoop) -> Callable[[RequestRecord], None]:
         """Gives back what a dead worker held in shared budgets, and counts what it is booked at."""
@@ -234,6 +263,8 @@ class Gateway:
 
     def _load_transformer(self) -> None:
         self._classifier.minilm  # noqa: B018 - reading it loads it
+        if self.watch.current.cache_use.semantic:
+            self._likeness.load()
 
     def drain(self) -> None:
         """Refuses new requests; those in flight go on, shadow answers do not."""
@@ -248,11 +279,13 @@ class Gateway:
             with suppress(asyncio.CancelledError, Exception):
                 await task
         await self._shadows.ended()
+        await self._semantic.end()
         for wire in self._wires.values():
             await wire.close()
         await self._board.close()
         await self._budgets.close()
         await self._caches.close()
+        await self._answers.close()
         if self._redis is not None:
             await self._redis.close()
         self._keys.stop()
@@ -289,6 +322,11 @@ class Gateway:
         self._redis = connect(self.settings.redis_url)
         budgets = RedisBudgetStore(self._redis, source, self._clock, workers=self.settings.workers)
         return budgets, RedisCacheStore(self._redis)
+
+    def _semantic_store(self) -> SemanticStore:
+        if self._redis is None:
+            return MemorySemanticStore(self._clock)
+        return RedisSemanticStore(self._redis, self._clock)
 
     def _configured(self, snapshot: Snapshot) -> None:
         """Provider keys for a new configuration. A provider without its key is left out of every plan."""

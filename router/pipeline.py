@@ -14,11 +14,13 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
+from router.core.cached import CacheBook, CacheCandidate
 from router.core.errors import Overloaded, RequestError, UnavailableError
 from router.core.ports import Clock, Snapshot
 from router.core.types import NanoUSD
 from router.stages.admit import Admission, merge_tags, read_wishes
 from router.stages.cascade import Cascade
+from router.stages.check import CacheChecks
 from router.stages.classify import Classify
 from router.stages.decide import Decide
 from router.stages.exact import ExactCache, StoredAnswer
@@ -64,6 +66,8 @@ class Pipeline:
     cascade: Cascade
     settle: Settle
     shadows: Shadows
+    checks: CacheChecks
+    book: CacheBook
     clock: Clock
     draw: Callable[[], float]
 
@@ -122,19 +126,24 @@ class Pipeline:
             baseline_name=baseline_name,
             baseline_price=baseline_price,
             conversation=conversation_of(caller, request),
+            generation=self.book.invalidations.generation,
         )
 
-    def _hit(self, exchange: Exchange, stored: StoredAnswer) -> Answer:
-        exchange.cache, exchange.cache_entry = "exact", stored.entry
-        exchange.stored_class = stored.prompt_class
+    def _hit(self, exchange: Exchange, stored: StoredAnswer, alike: CacheCandidate | None = None) -> Answer:
+        """`alike`: what the semantic cache made of it; None: it answered the same request."""
+        exchange.cache, exchange.cache_entry = "exact" if alike is None else "semantic", stored.entry
+        exchange.stored_class, exchange.candidate = stored.prompt_class, alike
         exchange.status, exchange.http_status = "complete", 200
         answer = stored_answer(exchange, stored)
         exchange.first_token_ms = 1000 * (self.clock.monotonic() - exchange.started)
         self.settle.from_cache(exchange, stored.usage, stored.cost, stored.model, stored.provider)
+        self.checks.consider(exchange, None)
         return answer
 
     def _join_or_lead(self, exchange: Exchange, key: str | None) -> Flight:
-        shared = self.flights.joinable(key) if exchange.wishes.read_cache else None
+        # Who limits the age of an answer does not wait for what a request without that limit may find.
+        joins = exchange.wishes.read_cache and exchange.wishes.max_age is None
+        shared = self.flights.joinable(key) if joins else None
         if shared is not None:
             exchange.cache = "exact"
             return shared
@@ -149,6 +158,10 @@ class Pipeline:
         """The way of a request that needs a model."""
         policy, snapshot = exchange.policy, exchange.snapshot
         exchange.prices = {name: snapshot.price(name, exchange.opened_at) for name in policy.allow}
+        found = await self.semantic.find(exchange)  # where the mode only measures: beside the call
+        if found is not None:
+            flight.found(found.stored, found.candidate)
+            return
         self.learn.note_prompt(exchange)
         if len(policy.allow) > 1 and (exchange.reference is None or policy.substitute):
             exchange.verdict = await self.classify.verdict(
@@ -156,7 +169,6 @@ class Pipeline:
             )
         elif policy.advise and self.draw() < policy.advise:
             exchange.advice = self.classify.aside(exchange.request.prompt)
-        await self.semantic.find(exchange)  # only measures so far
         self.decide.choose(exchange, self.draw())
         with _accounted():
             await self.reserve.hold(exchange, lambda: self.decide.downgraded(exchange))
@@ -182,12 +194,17 @@ class Pipeline:
             self.learn.note_answer(exchange, flight.body)
         except Exception:
             log.exception("nothing is learned of request %s", exchange.id)  # and it is booked all the same
-        record = self.settle.dispatched(exchange)
         body = flight.body
+        self.semantic.landed(exchange)
+        self.checks.note(exchange, body)
+        record = self.settle.dispatched(exchange)
         stored = False
         if record is not None and body is not None and flight.key is not None:
             stored = self.exact.store(flight.key, exchange, record, body, self.draw())
+        if record is not None and body is not None:
+            self.semantic.keep(exchange, record, body, self.draw())
         self.shadows.consider(exchange, body)
+        self.checks.consider(exchange, body)
         return stored
 
     async def _live(self, exchange: Exchange, subscription: Subscription) -> Answer:
@@ -195,7 +212,7 @@ class Pipeline:
         flight = subscription.flight
         await subscription.head()
         if flight.stored is not None:
-            return self._hit(exchange, flight.stored)
+            return self._hit(exchange, flight.stored, flight.alike)
         streamed = exchange.request.stream and flight.begun.stream
         if not streamed:
             await subscription.finished()

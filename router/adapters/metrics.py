@@ -50,7 +50,15 @@ class PrometheusTelemetry:
             "farthing_upstream_attempts_total", "Calls to providers", ("provider", "outcome")
         )
         self._semantic = counter(
-            "farthing_semantic_shadow_total", "Look-ups of the measuring semantic cache", ("neighbour",)
+            "farthing_semantic_lookups_total",
+            "Look-ups of the semantic cache by what came of them",
+            ("outcome",),
+        )
+        self._semantic_time = Histogram(
+            "farthing_semantic_lookup_seconds",
+            "Look-up in the semantic cache",
+            buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25),
+            registry=self._registry,
         )
         # Savings can be negative (a dearer model answered), which a counter cannot count.
         self._avoided = Gauge(
@@ -116,8 +124,10 @@ class PrometheusTelemetry:
     def refused(self, reason: str) -> None:
         self._refused.labels(reason).inc()
 
-    def semantic_shadow(self, near: bool) -> None:
-        self._semantic.labels("near" if near else "none").inc()
+    def semantic(self, outcome: str, seconds: float) -> None:
+        self._semantic.labels(outcome).inc()
+        if seconds:
+            self._semantic_time.observe(seconds)
 
     def render(self) -> bytes:
         """Prometheus text format 0.0.4."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 import msgspec
 
+from router.core.cached import Invalidations, Origin
 from router.core.ports import CacheStore
-from router.core.types import NanoUSD, RequestRecord, Usage
+from router.core.types import Attempt, NanoUSD, RequestRecord, Usage
 from router.stages.exchange import Exchange, serving
 
 # How an answer travels and who asks do not change what it says.
@@ -24,16 +25,23 @@ _JITTER = 0.1
 class StoredAnswer:
     """A complete answer as the provider sent it. `stored_at` is seconds since the epoch."""
 
-    entry: str
+    origin: Origin
     stored_at: float
     stream: bool
     body: bytes
-    model: str
     provider: str
     upstream_model: str
     prompt_class: str | None
     usage: Usage
     cost: NanoUSD | None
+
+    @property
+    def entry(self) -> str:
+        return self.origin.entry
+
+    @property
+    def model(self) -> str:
+        return self.origin.model
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -69,10 +77,45 @@ def keyed(secret: bytes, text: str) -> str:
     return hmac.new(secret, text.encode("ascii"), sha256).hexdigest()
 
 
+def fresh(exchange: Exchange, stored_at: float) -> bool:
+    """Whether an answer of that time (seconds since the epoch) is young enough for this request."""
+    # The entry's own time to live is that of the policy which stored it: another app's, or yesterday's.
+    oldest = exchange.policy.cache.ttl
+    if exchange.wishes.max_age is not None:
+        oldest = min(oldest, exchange.wishes.max_age)
+    return exchange.opened_at.timestamp() - stored_at <= oldest
+
+
+def worth_keeping(exchange: Exchange, record: RequestRecord) -> Attempt | None:
+    """The attempt whose answer may be given to others: complete, undoubted, and the caller lets it be kept."""
+    if record.status != "complete" or record.error is not None or not exchange.wishes.write_cache:
+        return None
+    return serving(record.attempts) if exchange.doubt is None else None
+
+
+def origin_of(exchange: Exchange, model: str) -> Origin:
+    """Where the answer of this request comes from."""
+    tags = (f"{key}={value}" for key, values in exchange.policy.tags.items() for value in sorted(values))
+    return Origin(
+        entry=exchange.id,
+        generation=exchange.generation,
+        team=exchange.caller.team,
+        app=exchange.caller.app,
+        model=model,
+        tags=tuple(tags),
+        scope=exchange.inquiry.scope if exchange.inquiry is not None else "",
+    )
+
+
 class ExactCache:
-    def __init__(self, store: CacheStore, secret: bytes) -> None:
+    """`invalidations`: the rules in force of what may no longer be served."""
+
+    def __init__(
+        self, store: CacheStore, secret: bytes, invalidations: Callable[[], Invalidations] = Invalidations
+    ) -> None:
         self._store = store
         self._secret = secret
+        self._invalidations = invalidations
 
     def key(self, exchange: Exchange) -> str | None:
         """The key of this request's answer. None where the policy or the caller wants no cache."""
@@ -83,8 +126,7 @@ class ExactCache:
 
     async def find(self, key: str, exchange: Exchange) -> StoredAnswer | None:
         """None where nothing is stored, or the caller wants a fresh answer."""
-        wishes = exchange.wishes
-        if not wishes.read_cache:
+        if not exchange.wishes.read_cache:
             return None
         raw = await self._store.get(key)
         if raw is None:
@@ -93,11 +135,7 @@ class ExactCache:
             stored = _decoder.decode(raw)
         except msgspec.MsgspecError:
             return None  # written by another version; it is replaced by the next answer
-        # The entry's own time to live is that of the policy which stored it: another app's, or yesterday's.
-        oldest = exchange.policy.cache.ttl
-        if wishes.max_age is not None:
-            oldest = min(oldest, wishes.max_age)
-        if exchange.opened_at.timestamp() - stored.stored_at > oldest:
+        if not fresh(exchange, stored.stored_at) or self._invalidations().stale(stored.origin):
             return None
         return stored
 
@@ -105,17 +143,14 @@ class ExactCache:
         """Keeps a complete answer nobody doubts, and True; anything else is left out. `draw` in [0, 1) spreads their
         ends.
         """
-        if record.status != "complete" or record.error is not None or not exchange.wishes.write_cache:
-            return False
-        served = serving(record.attempts)
-        if served is None or exchange.doubt is not None:
+        served = worth_keeping(exchange, record)
+        if served is None:
             return False
         answer = StoredAnswer(
-            entry=record.id,
+            origin=origin_of(exchange, served.model),
             stored_at=exchange.opened_at.timestamp(),
             stream=record.streamed,
             body=body,
-            model=served.model,
             provider=served.provider,
             upstream_model=served.upstream_model,
             prompt_class=record.prompt_class,

@@ -6,9 +6,11 @@ from asyncio import Future
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from classifiers.classifier import Verdict
 from classifiers.success_features import PromptFeatures
+from router.core.cached import CacheCandidate, CacheLabel
 from router.core.decide import Plan, Question
 from router.core.learning import Estimate, Label
 from router.core.policy import EffectivePolicy
@@ -25,6 +27,9 @@ from router.core.types import (
     RequestStatus,
 )
 from router.stages.admit import Wishes
+
+if TYPE_CHECKING:
+    from router.stages.semantic import Inquiry
 
 NOTHING = NanoUSD(0)
 
@@ -47,6 +52,13 @@ class Exchange:
     baseline_name: str | None
     baseline_price: PriceRecord | None
     conversation: str | None = None
+    generation: int = 0
+    """The newest rule of what may no longer be served that was known when the request came in."""
+
+    # semantic cache, where the policy has it
+    inquiry: Inquiry | None = None
+    candidate: CacheCandidate | None = None
+    cache_labels: tuple[CacheLabel, ...] = ()
 
     # classify and decide
     verdict: Verdict | None = None

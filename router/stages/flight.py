@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+from router.core.cached import CacheCandidate
 from router.core.errors import CallLost
 from router.core.ports import CallBegun, CallEnded, CallPart
 from router.core.types import Usage
@@ -83,6 +84,7 @@ class Flight:
         self.key = key
         self.leader: Exchange | None = leader
         self.stored: StoredAnswer | None = None
+        self.alike: CacheCandidate | None = None
         self.drain = False
         self.error: BaseException | None = None
         self._head: Head | None = None
@@ -187,9 +189,9 @@ class Flight:
     def end_elsewhere(self, ended: CallEnded) -> None:
         self._ended = ended
 
-    def found(self, stored: StoredAnswer) -> None:
-        """The answer is in the cache by now: everyone who waits here has a hit."""
-        self.leader, self.stored = None, stored
+    def found(self, stored: StoredAnswer, alike: CacheCandidate | None = None) -> None:
+        """The answer is in a cache: everyone who waits here has a hit. `alike`: it answered another prompt."""
+        self.leader, self.stored, self.alike = None, stored, alike
         self.begin(Head(stored.model, stored.provider, {}))
 
     async def parts(self) -> AsyncGenerator[CallPart, None]:

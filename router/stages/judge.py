@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from classifiers.pairs import guard
 from router.core.openai_wire import sse_to_json
 from router.core.policy import ModelSpec
 from router.core.types import ChatRequest
@@ -247,6 +248,42 @@ def agreement(
         return 0.0, 0.25
     cosine = likeness(_cut(texts[0], MAX_ALIKE), _cut(texts[1], MAX_ALIKE))
     return min(1.0, max(0.0, (cosine - 0.3) / 0.6)), 0.1
+
+
+def comparable(answer: Answer) -> bool:
+    """Whether it can be told without a judge that another answer says the same: JSON, tool calls, a short text."""
+    if _calls(answer):
+        return True
+    text = _message(answer).get("content")
+    if not isinstance(text, str) or not text.strip():
+        return False
+    return _json(text) is not None or len(_normalised(text).split()) <= SHORT_WORDS
+
+
+def says_the_same(stored: Answer, fresh: Answer) -> bool:
+    """Whether a fresh answer shows that a comparable stored one is right: the same calls, JSON, short text or
+    numbers. Stricter than `agreement`: right answers in other words count as wrong, wrong ones never as right.
+    """
+    calls = _calls(stored), _calls(fresh)
+    if calls[0] or calls[1]:
+        return calls[0] == calls[1]
+    texts = _message(stored).get("content"), _message(fresh).get("content")
+    if not isinstance(texts[0], str) or not isinstance(texts[1], str):
+        return False
+    values = _json(texts[0]), _json(texts[1])
+    if values[0] is not None or values[1] is not None:
+        return values[0] == values[1]
+    left, right = (_normalised(_cut(text, MAX_ANSWER)) for text in (texts[0], texts[1]))
+    if left == right:
+        return True
+    if max(len(left.split()), len(right.split())) > SHORT_WORDS:
+        return False
+    numbers = _numbers(left), _numbers(right)
+    return (
+        bool(numbers[0])
+        and numbers[0] == numbers[1]
+        and not guard.reasons(guard.read(left), guard.read(right))
+    )
 
 
 def _message(answer: Answer) -> Mapping[str, Any]:

@@ -27,7 +27,13 @@ class Answer:
 
 def stored_answer(exchange: Exchange, stored: StoredAnswer) -> Answer:
     """A cache hit."""
-    headers = _headers(exchange, stored.model, stored.prompt_class, "exact cache hit")
+    alike, words = exchange.candidate, "exact cache hit"
+    if alike is not None:
+        words = (
+            f"semantic cache hit: similarity {alike.similarity:.2f}, probability {_share(alike.probability)}"
+        )
+        words += f" (at least {_share(alike.threshold)})"
+    headers = _headers(exchange, stored.model, stored.prompt_class, words)
     headers["x-farthing-cost-usd"] = "0"
     headers["age"] = str(max(0, int(exchange.opened_at.timestamp() - stored.stored_at)))
     return _answer(exchange, headers, _once(_in_form(stored.body, stored.stream, exchange.request)))
@@ -103,6 +109,11 @@ def _in_form(body: bytes, stream: bool, request: ChatRequest) -> bytes:
         tap = StreamTap(client_wants_usage=False)
         return b"".join([*tap.feed(body), *tap.finish()])
     return body
+
+
+def _share(probability: float) -> str:
+    """Never rounded up to 1."""
+    return f"{min(probability, 0.999):.3f}"
 
 
 def _usd(amount: NanoUSD) -> str:

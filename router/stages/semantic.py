@@ -1,61 +1,504 @@
-"""The semantic cache: the nearest stored prompt of the same scope.
+"""The semantic cache: the stored answer to a prompt that asks the same in other words.
 
-It only measures so far. Nothing stored is ever served by likeness, whatever mode the policy names; what is
-counted is how often a near neighbour was there, which is what a served hit would have come from.
+A request is compared only with prompts of its own partition: tenant's scope, history, system prompt, tools, format,
+parameters, rules in force and encoders are the same there, by a keyed hash. The nearest go past the guard and the
+verifier (`classifiers/pairs`), and the most probable is served where that keeps the policy's `max_error`.
+
+Where the mode serves, the look-up is on the way of the request and bounded in time; where it only measures, it runs
+beside the call to the model. Whatever fails here is a miss.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import Protocol
+import asyncio
+import json
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from classifiers.encoder import Encoder
-from router.stages.exact import StoredAnswer, canonical, keyed, scope_of
+from router.core.cached import CacheBook, CacheCandidate, SemanticEntry, SemanticStore
+from router.core.errors import UnavailableError
+from router.core.ports import Clock
+from router.core.types import Attempt, ChatRequest, NanoUSD, RequestRecord, Usage
+from router.stages.cascade import parsed
+from router.stages.evidence import Evidence
+from router.stages.exact import StoredAnswer, canonical, fresh, keyed, origin_of, scope_of, worth_keeping
 from router.stages.exchange import Exchange
+from router.stages.judge import comparable, readable
+from router.stages.likeness import Likeness, Ranking, Stored, Vector
+from router.stages.signals import signals_of
 from router.stages.telemetry import Telemetry
+from router.stages.vector_index import Near, VectorIndex
 
-NEAR = 0.95
-"""Cosine from which a neighbour is counted. Alone it is no reason to serve: near misses lie above it as well."""
-SCOPES = 256
-PROMPTS = 256
+log = logging.getLogger("farthing")
+
+MAX_TEXT = 8_000
+"""Characters: all of a text is read, or it is not compared at all."""
+FLOOR = 0.48
+"""Cosine of two sketches below which the transformer is not asked. Of good pairs that the verifier would serve at
+5 % 99 % lie above (docs/semantic-cache.md).
+"""
+LEAST = 0.5
+"""Probability below which nothing is a candidate in mode `certified`: the loosest threshold there is."""
+LOOK_UP = 0.25
+"""Seconds a request waits for its look-up at most."""
+LOADING = 0.05
+"""Seconds of that for entries that this worker does not know yet."""
+QUEUE = 8
+"""Look-ups that wait for the transformer at most; beyond that there is no semantic answer."""
+ASIDE = 64
+"""Look-ups beside calls at most."""
+KEPT = 256
+"""Answers that wait to be stored at most."""
+MAX_COMPARED = 32 * 1024
+"""Bytes of a stored answer that is compared without a judge at most."""
+ALIKE = 0.995
+_JITTER = 0.1
+
+Outcome = Literal[
+    "hit", "would_serve", "below", "refused", "none", "busy", "loading", "away", "timeout", "error", "late"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A stored answer that is a candidate for a request."""
+
+    stored: StoredAnswer
+    entry: SemanticEntry
+    candidate: CacheCandidate
+    comparable: Mapping[str, Any] | None
+    """The answer as JSON, where another one can be told to say the same without a judge."""
+
+
+@dataclass(slots=True)
+class Inquiry:
+    """What the cache asks for a request. `partition`: all that must be the same; `scope`: what shares evidence.
+
+    `judge` compares answers in this scope, None: agreement does. `serving`: the scope's state before the request;
+    `threshold` certified for it, `propensity` with which its candidate is checked, `checked` whether it is drawn.
+    """
+
+    text: str
+    partition: str
+    scope: str
+    tenant: str
+    judge: str | None
+    serving: bool = False
+    threshold: float | None = None
+    propensity: float = 0.0
+    checked: bool = False
+    found: Found | None = None
+    sketch: Vector | None = None
+    look_up: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
 class SemanticCache(Protocol):
-    async def find(self, exchange: Exchange) -> StoredAnswer | None:
-        """A stored answer that may be served for this request, or None."""
+    async def find(self, exchange: Exchange) -> Found | None:
+        """A stored answer that may be served for this request, or None. Never raises."""
+        ...
+
+    def landed(self, exchange: Exchange) -> None:
+        """The request's own answer has ended: what was found beside it by now is noted. Never raises."""
+        ...
+
+    def keep(self, exchange: Exchange, record: RequestRecord, body: bytes, draw: float) -> None:
+        """Keeps a complete answer for others to find. Never blocks and never raises."""
         ...
 
 
-class ShadowSemanticCache:
-    """Keeps the latest prompts of each scope as vectors, never as text, in this worker's memory."""
+class LikenessCache:
+    """`executor` runs the transformer and the verifier; `draw` gives numbers in [0, 1)."""
 
-    def __init__(self, encoder: Encoder, secret: bytes, telemetry: Telemetry) -> None:
-        self._encoder = encoder
+    def __init__(
+        self,
+        store: SemanticStore,
+        index: VectorIndex,
+        book: CacheBook,
+        likeness: Likeness,
+        evidence: Evidence,
+        executor: Executor,
+        secret: bytes,
+        telemetry: Telemetry,
+        clock: Clock,
+        draw: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._index = index
+        self._book = book
+        self._likeness = likeness
+        self._evidence = evidence
+        self._executor = executor
         self._secret = secret
         self._telemetry = telemetry
-        self._scopes: OrderedDict[str, list[npt.NDArray[np.float32]]] = OrderedDict()
+        self._clock = clock
+        self._draw = draw
+        self._waiting = 0
+        self._load_asked = False
+        self._nothing = np.zeros(likeness.dimensions, dtype=np.float32)
+        self._no_vector = bytes(2 * likeness.dimensions)
+        self._loading: OrderedDict[str, asyncio.Task[bool]] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._kept: deque[tuple[Exchange, RequestRecord, Attempt, bytes, float]] = deque()
+        self._keeper: asyncio.Task[None] | None = None
+        store.listen(index)
 
-    async def find(self, exchange: Exchange) -> StoredAnswer | None:
-        if exchange.policy.cache.semantic == "never" or not exchange.wishes.read_cache:
+    # ---- the way of a request ----
+
+    async def find(self, exchange: Exchange) -> Found | None:
+        began = self._clock.monotonic()
+        try:
+            inquiry = exchange.inquiry = inquire(exchange, self._secret, self._likeness.id)
+            if inquiry is None or not exchange.wishes.read_cache:
+                return None
+            self._state(exchange, inquiry)
+            if not inquiry.serving:
+                if len(self._tasks) < ASIDE:
+                    inquiry.look_up = asyncio.get_running_loop().create_task(self._measure(exchange, inquiry))
+                    self._tasks.add(inquiry.look_up)
+                    inquiry.look_up.add_done_callback(self._tasks.discard)
+                else:
+                    self._telemetry.semantic("busy", 0.0)
+                return None
+            async with asyncio.timeout(LOOK_UP):
+                outcome = await self._look(exchange, inquiry, LOADING)
+        except TimeoutError:
+            outcome = "timeout"
+        except Exception:
+            log.exception("the semantic cache failed for request %s", exchange.id)
+            outcome = "error"
+        self._telemetry.semantic(outcome, self._clock.monotonic() - began)
+        inquiry = exchange.inquiry
+        if inquiry is None or inquiry.found is None:
             return None
-        messages = exchange.request.body["messages"]
-        if exchange.request.needs or messages[-1].get("role") != "user":
+        exchange.candidate = inquiry.found.candidate
+        if outcome != "hit":
             return None
-        # All but the last message's text must be the same: history, system prompt, parameters.
-        body = {**canonical(exchange.request.body), "messages": messages[:-1]}
-        scope = keyed(self._secret, scope_of(exchange, body))
-        vector = self._encoder.encode([exchange.request.prompt])[0]
-        known = self._scopes.setdefault(scope, [])
-        self._scopes.move_to_end(scope)
-        if known:
-            nearest = float(np.max(np.stack(known) @ vector))
-            self._telemetry.semantic_shadow(near=nearest >= NEAR)
-        known.append(vector)
-        if len(known) > PROMPTS:
-            known.pop(0)
-        if len(self._scopes) > SCOPES:
-            self._scopes.popitem(last=False)
+        self._store.served(inquiry.found.entry)
+        return inquiry.found
+
+    def landed(self, exchange: Exchange) -> None:
+        inquiry = exchange.inquiry
+        if inquiry is None or inquiry.look_up is None:
+            return
+        if not inquiry.look_up.done():
+            inquiry.look_up.cancel()
+            self._telemetry.semantic("late", 0.0)
+        elif inquiry.found is not None:
+            exchange.candidate = inquiry.found.candidate
+
+    def keep(self, exchange: Exchange, record: RequestRecord, body: bytes, draw: float) -> None:
+        served = worth_keeping(exchange, record)
+        if exchange.inquiry is None or served is None or len(self._kept) >= KEPT:
+            return
+        self._kept.append((exchange, record, served, body, draw))
+        if self._keeper is None or self._keeper.done():
+            self._keeper = asyncio.get_running_loop().create_task(self._keep_all())
+
+    async def end(self) -> None:
+        """Breaks off what is under way."""
+        tasks = [*self._tasks, *self._loading.values(), *([self._keeper] if self._keeper is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def settled(self) -> None:
+        """Waits for what is under way."""
+        while self._tasks or (self._keeper is not None and not self._keeper.done()):
+            await asyncio.gather(
+                *self._tasks, *([self._keeper] if self._keeper else []), return_exceptions=True
+            )
+        await self._evidence.settled()
+
+    # ---- looking up ----
+
+    def _state(self, exchange: Exchange, inquiry: Inquiry) -> None:
+        """What holds for the scope before this request is looked at, so that no score can influence it."""
+        cache = exchange.policy.cache
+        max_error = float(cache.max_error)
+        if cache.semantic == "certified":
+            standing = self._evidence.standing(inquiry.scope, max_error)
+            inquiry.threshold = None if standing.broken else standing.threshold
+            inquiry.serving = inquiry.threshold is not None
+        elif cache.semantic == "enforce":
+            shipped = self._likeness.threshold
+            standing = self._evidence.standing(inquiry.scope, max_error, lambda: shipped(max_error))
+            inquiry.serving = not standing.broken
+        inquiry.propensity = float(cache.check) if inquiry.serving or inquiry.judge is not None else 1.0
+        inquiry.checked = self._draw() < inquiry.propensity
+
+    async def _measure(self, exchange: Exchange, inquiry: Inquiry) -> None:
+        """A look-up beside the call to the model."""
+        began = self._clock.monotonic()
+        try:
+            outcome = await self._look(exchange, inquiry, None)
+        except Exception:
+            log.exception("the semantic cache failed for request %s", exchange.id)
+            outcome = "error"
+        self._telemetry.semantic(outcome, self._clock.monotonic() - began)
+
+    async def _look(self, exchange: Exchange, inquiry: Inquiry, patience: float | None) -> Outcome:
+        """Sets what was found on the inquiry, served or not."""
+        cache = exchange.policy.cache
+        if not await self._loaded(inquiry.partition, patience):
+            return "away"
+        near = self._near(exchange, inquiry)
+        if not near:
+            return "none"
+        if self._waiting >= QUEUE:
+            return "busy"
+        if not self._likeness.ready:
+            if not self._load_asked:
+                self._load_asked = True
+                self._executor.submit(self._likeness.load)
+            return "loading"
+        certified = cache.semantic == "certified"
+        max_error = float(cache.max_error)
+        stored = [Stored(entry.prompt, cosine, entry.vector) for entry, cosine in near]
+        self._waiting += 1
+        try:
+            ranking: Ranking = await asyncio.get_running_loop().run_in_executor(
+                self._executor,
+                lambda: self._likeness.rank(inquiry.text, stored, max_error, LEAST if certified else None),
+            )
+        finally:
+            self._waiting -= 1
+        for one in ranking.judged:
+            entry = near[one.index][0]
+            body = await self._store.body(entry)
+            if body is None:
+                continue  # gone from the truth that all workers share
+            threshold = ranking.threshold
+            if certified:
+                threshold = 1.01 if inquiry.threshold is None else inquiry.threshold
+            would_serve = one.probability >= (ranking.threshold if threshold > 1 else threshold)
+            answer = _stored_answer(entry, body)
+            comparable = await _comparable(answer, exchange.request)
+            # What agreement certified holds for answers that agreement can compare, and for no others.
+            unknown = certified and inquiry.judge is None and comparable is None
+            serves = inquiry.serving and would_serve and not unknown
+            inquiry.found = Found(
+                answer,
+                entry,
+                CacheCandidate(
+                    scope=inquiry.scope,
+                    entry=entry.id,
+                    similarity=one.similarity,
+                    probability=one.probability,
+                    threshold=threshold,
+                    mode=cache.semantic,
+                    served=serves,
+                    would_serve=would_serve,
+                    saved=entry.cost,
+                    reasons=one.reasons,
+                ),
+                comparable,
+            )
+            return "hit" if serves else "would_serve" if would_serve else "below"
+        return "refused" if ranking.refused else "none"
+
+    async def _loaded(self, partition: str, patience: float | None) -> bool:
+        """Whether this worker knows the partition's entries, after `patience` seconds at most (None: the store's)."""
+        if self._index.loaded(partition):
+            return True
+        task = self._loading.get(partition)
+        if task is None:
+            task = self._loading[partition] = asyncio.get_running_loop().create_task(self._load(partition))
+        await asyncio.wait({task}, timeout=patience)
+        return task.done() and not task.cancelled() and task.result()
+
+    async def _load(self, partition: str) -> bool:
+        try:
+            entries = await self._store.load(partition)
+            if entries is None:
+                return False
+            self._index.replace(
+                partition, entries
+            )  # no await in between: what is added meanwhile would be missed
+            return True
+        finally:
+            self._loading.pop(partition, None)
+
+    def _near(self, exchange: Exchange, inquiry: Inquiry) -> list[tuple[SemanticEntry, float]]:
+        """Entries near by sketch that may be served to this request, the nearest first."""
+        inquiry.sketch = self._likeness.sketch(inquiry.text)
+        near: dict[str, Near] = {
+            one.entry_id: one for one in self._index.near(inquiry.partition, inquiry.sketch, floor=FLOOR)
+        }
+        if not near:
+            return []
+        found = self._index.best(inquiry.partition, tuple(near.values()), self._nothing, len(near))
+        rules = self._book.invalidations
+        return [
+            (entry, near[entry.id].similarity)
+            for entry, _ in found
+            if entry.encoder_id == self._likeness.id
+            and entry.origin.model in exchange.policy.allow
+            and fresh(exchange, entry.stored_at)
+            and not rules.stale(entry.origin)
+        ]
+
+    # ---- keeping ----
+
+    async def _keep_all(self) -> None:
+        while self._kept:
+            exchange, record, served, body, draw = self._kept.popleft()
+            try:
+                await self._keep(exchange, record, served, body, draw)
+            except Exception:
+                log.exception("the answer to request %s is not kept in the semantic cache", exchange.id)
+
+    async def _keep(
+        self, exchange: Exchange, record: RequestRecord, served: Attempt, body: bytes, draw: float
+    ) -> None:
+        inquiry, cache = exchange.inquiry, exchange.policy.cache
+        assert inquiry is not None
+        answer = await parsed(body, record.streamed)
+        if answer is None or signals_of(exchange.request, answer):
+            return  # a refusal, or what was cut off, is no answer for others
+        sketch = inquiry.sketch if inquiry.sketch is not None else self._likeness.sketch(inquiry.text)
+        vector = self._no_vector
+        if cache.semantic in ("enforce", "certified"):
+            made = await asyncio.get_running_loop().run_in_executor(
+                self._executor, self._likeness.vector, inquiry.text
+            )
+            vector = made.astype("<f2").tobytes()
+        stored_at = exchange.opened_at.timestamp()
+        entry = SemanticEntry(
+            origin=origin_of(exchange, served.model),
+            tenant=inquiry.tenant,
+            partition=inquiry.partition,
+            prompt=inquiry.text,
+            vector=vector,
+            sketch=sketch.astype("<f2").tobytes(),
+            encoder_id=self._likeness.id,
+            stored_at=stored_at,
+            expires_at=stored_at + cache.ttl * (1 - _JITTER * draw),
+            provider=served.provider,
+            upstream_model=served.upstream_model,
+            prompt_class=record.prompt_class,
+            usage=served.usage.quantities(),
+            cost=served.cost,
+            policy_hash=record.policy_hash,
+            stream=record.streamed,
+            body_bytes=len(body),
+        )
+        older = self._same_prompt(entry, sketch)
+        self._store.put(entry, body, cache.quota)
+        for entry_id in older:
+            with suppress(UnavailableError):
+                await self._store.remove(entry.partition, entry_id)
+
+    def _same_prompt(self, entry: SemanticEntry, sketch: Vector) -> list[str]:
+        """Earlier answers to the very same prompt, which this one replaces."""
+        near = self._index.near(entry.partition, sketch, floor=ALIKE)
+        found = self._index.best(entry.partition, near, self._nothing, len(near))
+        return [one.id for one, _ in found if one.prompt == entry.prompt and one.id != entry.id]
+
+
+# ---- what a request may be compared with ----
+
+
+def inquire(exchange: Exchange, secret: bytes, likeness_id: str) -> Inquiry | None:
+    """None where the policy, the caller or the kind of request leaves no room for an answer by likeness."""
+    policy, wishes, request, caller = exchange.policy, exchange.wishes, exchange.request, exchange.caller
+    if policy.cache.semantic == "never" or not (wishes.read_cache or wishes.write_cache) or not caller.team:
         return None
+    text = plain_prompt(request)
+    if text is None:
+        return None
+    body = canonical(request.body)
+    messages = body.pop("messages")
+    history = [*messages[:-1], {**messages[-1], "content": ""}]
+    partition = {"likeness": likeness_id, "messages": history, "body": body}
+    judge = _judge(exchange)
+    instructions = [message for message in messages if message.get("role") in ("system", "developer")]
+    scope = {
+        "evidence": likeness_id,
+        "judge": judge or "",
+        # What is a candidate differs: a certified scope looks at less probable ones as well.
+        "candidates": "certified" if policy.cache.semantic == "certified" else str(policy.cache.max_error),
+        "turns": len(messages) - len(instructions) > 1,
+        "instructions": instructions,
+        "body": body,
+    }
+    return Inquiry(
+        text=text,
+        partition=keyed(secret, scope_of(exchange, partition)),
+        scope=keyed(secret, scope_of(exchange, scope)),
+        tenant=keyed(secret, json.dumps(["tenant", caller.team])),
+        judge=judge,
+    )
+
+
+def plain_prompt(request: ChatRequest) -> str | None:
+    """The text of the last message, whole, where all that is asked stands in it and in an identical history."""
+    if not request.needs <= {"tools", "json_schema"}:
+        return None
+    temperature = request.body.get("temperature")
+    if temperature is None:
+        temperature = 1
+    if (
+        not isinstance(temperature, int | float)
+        or temperature > 1
+        or (request.choices > 1 and temperature > 0)
+    ):
+        return None
+    messages = request.body["messages"]
+    for message in messages:
+        if (
+            message.get("role") in ("tool", "function")
+            or message.get("tool_calls")
+            or message.get("function_call")
+        ):
+            return None
+    last = messages[-1]
+    if last.get("role") != "user":
+        return None
+    text = last.get("content")
+    if isinstance(text, list):
+        if len(text) != 1 or set(text[0]) != {"type", "text"}:
+            return None
+        text = text[0]["text"]
+    if not isinstance(text, str) or not text.strip() or len(text) > MAX_TEXT:
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return None  # a lone surrogate: no store takes it
+    return text
+
+
+def _judge(exchange: Exchange) -> str | None:
+    """The model that compares answers, where the policy pays for it and it may read the prompt."""
+    learn = exchange.snapshot.learn
+    if learn is None or learn.judge is None or learn.budget is None or not exchange.policy.cache.check:
+        return None
+    return learn.judge if learn.judge in exchange.policy.allow and readable(exchange.request) else None
+
+
+async def _comparable(stored: StoredAnswer, request: ChatRequest) -> Mapping[str, Any] | None:
+    if request.choices != 1 or len(stored.body) > MAX_COMPARED:
+        return None
+    answer = await parsed(stored.body, stored.stream)
+    return answer if answer is not None and comparable(answer) else None
+
+
+def _stored_answer(entry: SemanticEntry, body: bytes) -> StoredAnswer:
+    return StoredAnswer(
+        origin=entry.origin,
+        stored_at=entry.stored_at,
+        stream=entry.stream,
+        body=body,
+        provider=entry.provider,
+        upstream_model=entry.upstream_model,
+        prompt_class=entry.prompt_class,
+        usage=Usage(*entry.usage),
+        cost=NanoUSD(entry.cost) if entry.cost is not None else None,
+    )

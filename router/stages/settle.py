@@ -161,6 +161,8 @@ class Settle:
             features_encoder=exchange.features_encoder,
             prompt=exchange.kept_prompt,
             labels=exchange.labels,
+            candidate=exchange.candidate,
+            cache_labels=exchange.cache_labels,
         )
 
 

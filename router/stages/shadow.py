@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from classifiers.encoder import Encoder
 from router.core.decide import NoPlan, Plan
@@ -103,7 +103,14 @@ class Shadows:
             return
         other = others[min(int(draw / float(learn.shadow) * len(others)), len(others) - 1)]
         propensity = float(learn.shadow) / len(others)
-        task = asyncio.get_running_loop().create_task(self._compare(exchange, learn, other, propensity, body))
+        self.spawn(self._compare(exchange, learn, other, propensity, body))
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs it off the answer path. Nothing is spawned beyond IN_FLIGHT, nor once it has ended."""
+        if self._ended or len(self._tasks) >= IN_FLIGHT:
+            work.close()
+            return
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -138,13 +145,14 @@ class Shadows:
         judge = pair.learn.judge if readable(pair.exchange.request) else None
         if judge not in pair.exchange.policy.allow:
             judge = None  # whoever may not answer the prompt may not read it either
-        shadow = self._aside(pair, SHADOW_ENDPOINT, pair.other, unstreamed(pair.exchange.request))
+        request = unstreamed(pair.exchange.request)
+        shadow = self.aside(pair.exchange, pair.learn, SHADOW_ENDPOINT, pair.other, request)
 
         def labelled(answer: Answer) -> None:
             if judge is None:
                 shadow.labels = self._agreed(pair, answer)
 
-        answer = await self._call(shadow, pair.other, labelled)
+        answer = await self.call(shadow, pair.other, labelled)
         if answer is not None and judge is not None:
             await self._judge(pair, judge, answer)
 
@@ -155,7 +163,7 @@ class Shadows:
         request = judge_request(pair.exchange.request, a, b, model, pair.exchange.id)
         if request is None:
             return
-        judging = self._aside(pair, JUDGE_ENDPOINT, judge, request)
+        judging = self.aside(pair.exchange, pair.learn, JUDGE_ENDPOINT, judge, request)
 
         def labelled(said: Answer) -> None:
             verdict = read_verdict(said)
@@ -164,7 +172,7 @@ class Shadows:
                 served, other = reversed(scores) if swapped else scores
                 judging.labels = self._labels(pair, "judge", served, other, 1.0)
 
-        await self._call(judging, judge, labelled)
+        await self.call(judging, judge, labelled)
 
     def _agreed(self, pair: _Pair, answer: Answer) -> tuple[Label, ...]:
         """Labels without a judge: the reference's answer is the yardstick, unless it is broken itself."""
@@ -201,10 +209,11 @@ class Shadows:
             for model, score in ((pair.served, served), (pair.other, other))
         )
 
-    def _aside(self, pair: _Pair, endpoint: str, model: str, request: ChatRequest) -> Exchange:
+    def aside(
+        self, origin: Exchange, learn: LearnPolicy, endpoint: str, model: str, request: ChatRequest
+    ) -> Exchange:
         """A call of the gateway's own: the team's, but under the budget of learning and not compared to anything."""
-        origin = pair.exchange
-        limits = [BudgetLimit(LEARN, pair.learn.budget, pair.learn.budget, "refuse")]
+        limits = [BudgetLimit(LEARN, learn.budget, learn.budget, "refuse")]
         # What the organisation may spend at most holds for this as well; a team is not made to pay for learning.
         limits += [
             replace(limit, at_limit="refuse") for limit in origin.policy.budgets if limit.key == ORGANISATION
@@ -231,7 +240,7 @@ class Shadows:
             prices=origin.prices,
         )
 
-    async def _call(self, exchange: Exchange, model: str, read: Callable[[Answer], None]) -> Answer | None:
+    async def call(self, exchange: Exchange, model: str, read: Callable[[Answer], None]) -> Answer | None:
         """The answer; None where it is none. `read` sees it before the call is settled. Raises FarthingError."""
         await self._reserve.hold(exchange, lambda: NoPlan("not_allowed", {}))
         heard = HeldAnswer()

@@ -14,6 +14,8 @@ class Telemetry(Protocol):
 
     def refused(self, reason: str) -> None: ...
 
-    def semantic_shadow(self, near: bool) -> None:
-        """The semantic cache looked; `near`: a stored prompt was close enough to be judged."""
+    def semantic(self, outcome: str, seconds: float) -> None:
+        """The semantic cache looked. `outcome`: hit, would_serve, below (the threshold), refused (by the guard), none
+        (nothing near), or why it did not: busy, loading, away, timeout, late, error.
+        """
         ...

@@ -20,6 +20,8 @@ from router.adapters.memory import (
     MemoryKeyDirectory,
     MemorySpendSource,
 )
+from router.adapters.memory_cache_book import MemoryCacheBook
+from router.adapters.memory_semantic import MemorySemanticStore
 from router.adapters.price_catalogue import shipped_catalogue
 from router.adapters.system import RequestIdentifiers
 from router.core.errors import UpstreamError
@@ -30,6 +32,7 @@ from router.core.types import BudgetWindow, Caller, RequestRecord
 from router.pipeline import Inbound, Pipeline
 from router.stages.admit import Admission, key_hash
 from router.stages.cascade import Cascade
+from router.stages.check import CacheChecks
 from router.stages.classify import Classify
 from router.stages.decide import Decide
 from router.stages.dispatch import Dispatch
@@ -154,13 +157,19 @@ class _Quiet:
     def refused(self, reason: str) -> None:
         """Counted nowhere."""
 
-    def semantic_shadow(self, near: bool) -> None:
+    def semantic(self, outcome: str, seconds: float) -> None:
         """Counted nowhere."""
 
 
 class _NoSemantic:
     async def find(self, exchange: Any) -> None:
         return None
+
+    def landed(self, exchange: Any) -> None:
+        """Nothing was looked up."""
+
+    def keep(self, exchange: Any, record: RequestRecord, body: bytes, draw: float) -> None:
+        """Nothing is kept."""
 
 
 @functools.cache
@@ -191,6 +200,7 @@ class Rig:
         self.caches = MemoryCacheStore(self.clock) if beside is None else beside.caches
         self.board = MemoryFlightBoard({}) if beside is None else MemoryFlightBoard(beside.board.calls)
         self.flights = Flights()
+        self.book = MemoryCacheBook()
         self.ids = RequestIdentifiers()
         self.snapshot = _snapshot(providers, policy)
         teams = ("search", "alone", "capped")
@@ -205,7 +215,8 @@ class Rig:
         self.shadows = Shadows(
             dispatch, reserve, settle, cast(Encoder, encoder), self.clock, self.ids, lambda: self.draws()
         )
-        exact = ExactCache(self.caches, SECRET)
+        exact = ExactCache(self.caches, SECRET, lambda: self.book.invalidations)
+        self.answers = MemorySemanticStore(self.clock)
         self.pipeline = Pipeline(
             configuration=lambda: self.snapshot,
             admission=self.admission,
@@ -220,6 +231,8 @@ class Rig:
             cascade=Cascade(dispatch, reserve, self.clock),
             settle=settle,
             shadows=self.shadows,
+            checks=CacheChecks(self.shadows, self.answers, self.clock, lambda: self.draws()),
+            book=self.book,
             clock=self.clock,
             draw=lambda: 0.5,
         )

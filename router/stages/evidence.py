@@ -1,0 +1,148 @@
+"""What the checked answers of a scope allow: the threshold at which its own evidence holds the user's bound.
+
+`classifiers/pairs/bound.py` says how; here it is asked off the event loop whenever labels came in, and remembered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from classifiers.pairs.bound import Labelled, Prior, binomial_tail, certify
+from router.core.cached import CacheBook, CacheLabel
+
+log = logging.getLogger("farthing")
+
+SCOPES = 10_000
+"""Scopes remembered."""
+PAUSE = 2.0
+"""Seconds between two looks at one scope."""
+WINDOWS = (60, 120, 250, 500)
+SURPRISE = 0.002
+"""A scope stops serving when so many of its latest labels are wrong as the bound would allow this rarely."""
+JUDGE = "judge"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a scope's evidence says at one moment.
+
+    `threshold`: certified, at or above it; None: nothing is. `missing`: about how many labels lack for the next one.
+    `broken`: the latest labels at or above the threshold in force are wrong more often than the bound allows.
+    """
+
+    threshold: float | None = None
+    labels: int = 0
+    missing: int | None = None
+    broken: bool = False
+
+
+NOTHING_KNOWN = Standing()
+
+
+@dataclass(slots=True)
+class _Known:
+    standing: Standing
+    revision: int
+    looked_at: float
+    prior: tuple[int, Prior] | None = None
+    looking: bool = False
+
+
+class Evidence:
+    """`monotonic` gives seconds. Belongs to one event loop."""
+
+    def __init__(self, book: CacheBook, monotonic: Callable[[], float]) -> None:
+        self._book = book
+        self._monotonic = monotonic
+        self._known: OrderedDict[tuple[str, float, bool], _Known] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def standing(self, scope: str, max_error: float, shipped: Callable[[], float] | None = None) -> Standing:
+        """What is known by now; newer labels are looked at beside the request and count for the next one.
+
+        `shipped` (mode `enforce`): gives the threshold in force; asked in another thread. None: it is certified.
+        """
+        key = (scope, max_error, shipped is None)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = _Known(NOTHING_KNOWN, -1, float("-inf"))
+            if len(self._known) > SCOPES:
+                self._known.popitem(last=False)
+        else:
+            self._known.move_to_end(key)
+        now, revision = self._monotonic(), self._book.revision
+        if known.revision != revision and not known.looking and now - known.looked_at >= PAUSE:
+            known.looking, known.revision, known.looked_at = True, revision, now
+            task = asyncio.get_running_loop().create_task(self._look(known, scope, max_error, shipped))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return known.standing
+
+    async def settled(self) -> None:
+        """Waits for the looks under way."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _look(
+        self, known: _Known, scope: str, max_error: float, shipped: Callable[[], float] | None
+    ) -> None:
+        try:
+            labels = self._book.labels(scope)
+            if not labels:
+                known.standing = NOTHING_KNOWN
+            elif shipped is not None:
+                known.standing = await asyncio.to_thread(_enforced, labels, max_error, shipped)
+            else:
+                pool = self._book.pool(scope)
+                known.standing, known.prior = await asyncio.to_thread(
+                    _certified, labels, pool, max_error, known.prior
+                )
+        except Exception:
+            log.exception("the evidence of a scope of the semantic cache could not be weighed")
+            known.standing = NOTHING_KNOWN
+        finally:
+            known.looking = False
+
+
+def _certified(
+    labels: Sequence[CacheLabel],
+    pool: Sequence[CacheLabel],
+    max_error: float,
+    prior: tuple[int, Prior] | None,
+) -> tuple[Standing, tuple[int, Prior] | None]:
+    if pool and (prior is None or prior[0] != len(pool)):
+        prior = (len(pool), Prior.of(_labelled(pool)))
+    # What is checked depends on the scope's state before the request and never on the score, so within a scope every
+    # label is as good a draw of its candidates as any other: all count the same.
+    certificate = certify(_labelled(labels), max_error=max_error, prior=prior[1] if prior and pool else None)
+    threshold = certificate.threshold
+    broken = threshold is not None and drifted(labels, threshold, max_error)
+    return Standing(threshold, len(labels), certificate.missing, broken), prior
+
+
+def _enforced(labels: Sequence[CacheLabel], max_error: float, shipped: Callable[[], float]) -> Standing:
+    # Two right answers are seldom said in the same words: only a judge can break what ships with Farthing.
+    judged = [label for label in labels if label.source == JUDGE]
+    threshold = shipped()
+    return Standing(threshold, len(judged), None, drifted(judged, threshold, max_error))
+
+
+def drifted(labels: Sequence[CacheLabel], threshold: float, max_error: float) -> bool:
+    """Whether the latest labels at or above the threshold show that the error has passed the bound.
+
+    An exact binomial test over the latest 60, 120, 250 and 500 (or as many as there are, from 20 on).
+    """
+    wrong = [not label.right for label in labels if label.score >= threshold]
+    for window in WINDOWS:
+        latest = wrong[-window:]
+        bad = sum(latest)
+        if len(latest) >= 20 and bad and 1 - binomial_tail(bad - 1, len(latest), max_error) < SURPRISE:
+            return True
+    return False
+
+
+def _labelled(labels: Sequence[CacheLabel]) -> list[Labelled]:
+    return [Labelled(label.score, label.right) for label in labels]

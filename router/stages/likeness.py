@@ -1,0 +1,170 @@
+"""How alike prompts are: the encoders and the verifier of the semantic cache, asked for as little as will do."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from classifiers.classifier import Classifier
+from classifiers.encoder import DATA_DIRECTORY
+from classifiers.pairs.verifier import Verifier
+
+Vector = NDArray[np.float32]
+
+REMEMBERED = 2_000
+"""Vectors of the transformer remembered, by text; 1.5 kB each."""
+JUDGED = 4
+"""Stored prompts for which the transformer is asked, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A stored prompt that may be near. `near`: cosine of the sketches. `vector`: float16 of the transformer; empty
+    or zeros where nobody has made it yet.
+    """
+
+    prompt: str
+    near: float
+    vector: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """`index` of the stored prompt; `probability` that its answer is right."""
+
+    index: int
+    similarity: float
+    probability: float
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """What may answer, the most probable first. `threshold`: the shipped one at the user's `max_error`; `refused`:
+    stored prompts that the guard refused.
+    """
+
+    judged: tuple[Judged, ...]
+    threshold: float
+    refused: int
+
+
+class Likeness(Protocol):
+    """`id` changes with each of its parts. `sketch` is quick; the others take milliseconds and may be called from
+    other threads.
+    """
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def dimensions(self) -> int: ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is loaded. Nobody waits for that."""
+        ...
+
+    def load(self) -> None: ...
+
+    def sketch(self, text: str) -> Vector: ...
+
+    def vector(self, text: str) -> Vector: ...
+
+    def threshold(self, max_error: float) -> float: ...
+
+    def rank(
+        self, text: str, stored: Sequence[Stored], max_error: float, least: float | None = None
+    ) -> Ranking:
+        """Those at least as probable as `least` (None: as the shipped threshold)."""
+        ...
+
+
+class ShippedLikeness:
+    """The encoders and the verifier that ship with Farthing; the verifier is loaded when it is first needed."""
+
+    dimensions = 384
+
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier = classifier
+        self._static = classifier.static
+        # Known before anything is loaded; loading checks that these are the files in force.
+        described = json.loads((DATA_DIRECTORY / "verifier.json").read_text(encoding="utf-8"))
+        self.id = "/".join((self._static.id, described["encoder"], described["sha256"][:12]))
+        self.ready = False
+        self._lock = threading.Lock()
+        self._verifier: Verifier | None = None
+        self._vectors: OrderedDict[str, Vector] = OrderedDict()
+
+    def load(self) -> None:
+        """Loads all that a look-up needs. Takes up to a second."""
+        self.rank("How are you?", [Stored("how are you doing?", 0.9, b"")], 0.05, 0.0)
+        self.ready = True
+
+    @property
+    def verifier(self) -> Verifier:
+        with self._lock:
+            if self._verifier is None:
+                self._verifier = Verifier.load(self._static, encoder_id=self._classifier.minilm.id)
+            return self._verifier
+
+    def sketch(self, text: str) -> Vector:
+        sketch: Vector = self._static.encode((text,))[0]
+        return sketch
+
+    def vector(self, text: str) -> Vector:
+        with self._lock:
+            found = self._vectors.get(text)
+            if found is not None:
+                self._vectors.move_to_end(text)
+                return found
+        made: Vector = self._classifier.minilm.encode((text,))[0]
+        with self._lock:
+            self._vectors[text] = made
+            if len(self._vectors) > REMEMBERED:
+                self._vectors.popitem(last=False)
+        return made
+
+    def threshold(self, max_error: float) -> float:
+        return self.verifier.threshold(max_error)
+
+    def rank(
+        self, text: str, stored: Sequence[Stored], max_error: float, least: float | None = None
+    ) -> Ranking:
+        verifier = self.verifier
+        threshold = verifier.threshold(max_error)
+        floor = threshold if least is None else least
+        ceilings = verifier.ceilings(text, [(one.prompt, one.near) for one in stored])
+        refused = sum(ceiling is None for ceiling in ceilings)
+        # The transformer is asked only where its answer could make the candidate one.
+        reach = [
+            (ceiling, -at) for at, ceiling in enumerate(ceilings) if ceiling is not None and ceiling >= floor
+        ]
+        chosen = [-at for _, at in sorted(reach, reverse=True)[:JUDGED]]
+        if not chosen:
+            return Ranking((), threshold, refused)
+        mine = self.vector(text)
+        cosines = [float(mine @ self._vector_of(stored[at])) for at in chosen]
+        opinions = verifier.opinions(
+            text, [(stored[at].prompt, c) for at, c in zip(chosen, cosines, strict=True)]
+        )
+        judged = [
+            Judged(at, cosine, opinion.probability, opinion.reasons)
+            for at, cosine, opinion in zip(chosen, cosines, opinions, strict=True)
+            if not opinion.refused and opinion.probability >= floor
+        ]
+        judged.sort(key=lambda one: (-one.probability, -one.similarity))
+        return Ranking(tuple(judged), threshold, refused)
+
+    def _vector_of(self, stored: Stored) -> Vector:
+        vector = np.frombuffer(stored.vector, dtype="<f2").astype(np.float32)
+        if vector.size == self.dimensions and vector.any():
+            return vector
+        return self.vector(stored.prompt)
