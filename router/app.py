@@ -59,7 +59,7 @@ from router.stages.decide import Decide
 from router.stages.dispatch import Dispatch
 from router.stages.evidence import Evidence
 from router.stages.exact import ExactCache
-from router.stages.feedback import Feedback
+from router.stages.feedback import CacheFeedback, Feedback
 from router.stages.flight import Flights
 from router.stages.learn import Learn
 from router.stages.likeness import ShippedLikeness
@@ -181,6 +181,7 @@ class Gateway:
             pipeline=pipeline,
             admission=self._admission,
             feedback=Feedback(self._feedback, self._clock),
+            cache_feedback=CacheFeedback(self._feedback, self._quarantine, self._clock),
             configuration=lambda: self.watch.current,
             telemetry=self._telemetry,
             metrics=self._telemetry.render,
@@ -235,6 +236,13 @@ class Gateway:
     def _load_likeness_later(self, _: Snapshot) -> None:
         if self.watch.current.cache_use.semantic:
             self._executor.submit(self._likeness.load)
+
+    async def _quarantine(self, entry: str) -> None:
+        """The rule against it is in SQL; this worker need not wait for its next look."""
+        with suppress(UnavailableError):
+            await asyncio.to_thread(self._book.refresh_now)
+        with suppress(UnavailableError):
+            await self._answers.remove_entry(entry)
 
     def _release_in(self, loop: asyncio.AbstractEventLoop) -> Callable[[RequestRecord], None]:
         """Gives back what a dead worker held in shared budgets, and counts what it is booked at."""

@@ -28,7 +28,7 @@ from router.core.ports import Clock, Identifiers, Snapshot
 from router.pipeline import Inbound, Pipeline
 from router.stages.admit import Admission
 from router.stages.feedback import MAX_BODY as MAX_FEEDBACK_BODY
-from router.stages.feedback import Feedback
+from router.stages.feedback import CacheFeedback, Feedback
 from router.stages.normalise import AUTO
 from router.stages.telemetry import Telemetry
 
@@ -63,6 +63,7 @@ class Route:
 ROUTES: tuple[Route, ...] = (
     Route("/chat/completions", ("POST",), "metered"),
     Route("/feedback", ("POST",), "free"),
+    Route("/cache/feedback", ("POST",), "free"),
     Route("/models", ("GET",), "free"),
     Route("/models/{id}", ("GET",), "free"),
     Route("/healthz", ("GET", "HEAD"), "free"),
@@ -86,6 +87,7 @@ class DataPlane:
         pipeline: Pipeline,
         admission: Admission,
         feedback: Feedback,
+        cache_feedback: CacheFeedback,
         configuration: Callable[[], Snapshot],
         telemetry: Telemetry,
         metrics: Callable[[], bytes],
@@ -97,6 +99,7 @@ class DataPlane:
         self._pipeline = pipeline
         self._admission = admission
         self._feedback = feedback
+        self._cache_feedback = cache_feedback
         self._configuration = configuration
         self._telemetry = telemetry
         self._metrics = metrics
@@ -107,6 +110,7 @@ class DataPlane:
         self._handlers: dict[str, Callable[[Scope, Receive, _Reply, str], Awaitable[None]]] = {
             "/chat/completions": self._chat_completions,
             "/feedback": self._give_feedback,
+            "/cache/feedback": self._judge_hit,
             "/models": self._models,
             "/models/{id}": self._model,
             "/healthz": self._healthz,
@@ -164,6 +168,23 @@ class DataPlane:
         body = await _read_body(headers, receive, min(MAX_FEEDBACK_BODY, self._max_body))
         score = await self._feedback.give(caller, body)
         await reply.json(200, {"request_id": score.request_id, "score": score.score, "stored": True})
+
+    async def _judge_hit(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
+        headers = _headers(scope)
+        caller = await self._admission.caller(headers.get("authorization"), _is_loopback(scope))
+        body = await _read_body(headers, receive, min(MAX_FEEDBACK_BODY, self._max_body))
+        verdict, judged = await self._cache_feedback.give(caller, body)
+        said = {
+            "request_id": verdict.request_id,
+            "correct": verdict.correct,
+            "stored": True,
+            "quarantined": judged.quarantined,
+        }
+        if verdict.correct and judged.quarantined:
+            said["note"] = (
+                "This answer was reported wrong before and stays out of the caches; a verdict does not bring it back."
+            )
+        await reply.json(200, said)
 
     async def _models(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
         names = await self._names(scope)
@@ -251,7 +272,7 @@ def _route(path: str) -> tuple[Route, str]:
     if path.startswith("/models/") and len(path) > len("/models/"):
         return _BY_PATH[_ONE_MODEL], path.removeprefix("/models/")
     raise NotFound(
-        "No such route. The data plane serves " + ", ".join(f"/v1{r.path}" for r in ROUTES[:4]) + "."
+        "No such route. The data plane serves " + ", ".join(f"/v1{r.path}" for r in ROUTES[:5]) + "."
     )
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from router.core.types import Caller
 
 InvalidationKind = Literal["all", "team", "app", "model", "tag", "scope", "entry"]
 INVALIDATION_KINDS: tuple[InvalidationKind, ...] = ("all", "team", "app", "model", "tag", "scope", "entry")
@@ -218,6 +221,29 @@ class Invalidations:
             names.append(("app", f"{origin.team}/{origin.app}"))
         names += [("tag", tag) for tag in origin.tags]
         return any(newest.get(name, 0) > origin.generation for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedHit:
+    """A verdict that was kept on an answer out of a cache. `quarantined`: the entry is not served any more, be it by
+    this verdict or an earlier one.
+    """
+
+    entry: str
+    quarantined: bool
+
+
+class HitFeedbackStore(Protocol):
+    """What callers say of answers out of the caches."""
+
+    async def judge(self, caller: Caller, request_id: str, correct: bool, comment: str | None) -> JudgedHit:
+        """The latest verdict of a key counts; the same again changes nothing. A wrong answer's entry is named by a
+        rule for good.
+
+        Raises NotFound where the caller's team has no request of this id, InvalidRequest where no cache answered it,
+        Overloaded where it is still on its way to the ledger or the ledger is away.
+        """
+        ...
 
 
 class CacheBook(Protocol):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 from router.core.cached import CacheCandidate, CacheLabel
 from router.core.learning import Label
@@ -115,6 +115,26 @@ def settled(
         costs.append(_attempt(0, Usage(input=7), priced, "cut"))
     costs.append(_attempt(len(costs), usage, priced, "complete"))
     return _request(request_id, team, app, usage, baseline, costs, changes)
+
+
+def hit(
+    cache: Literal["exact", "semantic"], *, entry: str, saved: int = 90_000, **changes: Any
+) -> RequestRecord:
+    """An answer out of a cache; a semantic one with the candidate that was served."""
+    found = candidate(entry=entry, mode="enforce", served=True, saved=saved) if cache == "semantic" else None
+    parts: dict[str, Any] = {
+        "attempts": (),
+        "cache": cache,
+        "cache_entry": entry,
+        "decision": cache,
+        "cost": NanoUSD(0),
+        "baseline": NanoUSD(saved),
+        "routing_savings": NanoUSD(0),
+        "cache_savings": NanoUSD(saved),
+        "overhead": NanoUSD(0),
+        "candidate": found,
+    }
+    return settled(new_id(), **{**parts, **changes})
 
 
 def labelled(request: RequestRecord, source: str = "refusal", **changes: Any) -> Label:

@@ -105,6 +105,7 @@ def test_every_route_has_a_handler_and_a_cost_class() -> None:
     assert all(route.cost in ("metered", "free") for route in ROUTES)
     assert {route.path for route in ROUTES if "POST" in route.methods} <= {
         "/feedback",  # keeps a score and asks no provider
+        "/cache/feedback",
         *(route.path for route in ROUTES if route.cost == "metered"),
     }
 

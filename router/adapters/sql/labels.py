@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import sqlalchemy as sa
@@ -16,13 +17,26 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from router.adapters.journal import ATTEMPT, JournalReader, journal_folders
+from router.adapters.sql.cache_book import add_rule
 from router.adapters.sql.database import one_snapshot, unavailable, writing
-from router.adapters.sql.ledger import label_row, without_nul
-from router.adapters.sql.schema import TOKEN_COLUMNS, labels, request_features, requests
+from router.adapters.sql.ledger import cache_label_row, label_row, lock_rows, without_nul
+from router.adapters.sql.schema import (
+    TOKEN_COLUMNS,
+    cache_candidates,
+    cache_invalidations,
+    cache_labels,
+    labels,
+    request_features,
+    requests,
+)
+from router.core.cached import CacheLabel, JudgedHit
 from router.core.errors import InvalidRequest, NotFound, Overloaded, UnavailableError
 from router.core.learning import Label
 from router.core.ports import Clock
 from router.core.types import Caller, Usage
+
+Booked = TypeVar("Booked")
+Found = TypeVar("Found")
 
 FEEDBACK = "feedback"
 LOOKS = (0.0, 0.1, 0.2, 0.4)
@@ -42,7 +56,9 @@ _owner = msgspec.msgpack.Decoder(_Owner)
 
 
 class SqlFeedback:
-    """`ports.FeedbackStore` over the ledger. SQL and the journals are read in a thread of its own."""
+    """`ports.FeedbackStore` and `core.cached.HitFeedbackStore` over the ledger. SQL and the journals are read in a
+    thread of its own.
+    """
 
     def __init__(self, engine: Engine, journals: Path, clock: Clock) -> None:
         self._engine = engine
@@ -52,6 +68,23 @@ class SqlFeedback:
         self._waiting = 0
 
     async def keep(self, caller: Caller, request_id: str, score: float, comment: str | None) -> None:
+        await self._about(
+            caller,
+            request_id,
+            lambda at: keep_feedback(self._engine, caller, request_id, score, comment, at) or None,
+        )
+
+    async def judge(self, caller: Caller, request_id: str, correct: bool, comment: str | None) -> JudgedHit:
+        return await self._about(
+            caller,
+            request_id,
+            lambda at: judge_hit(self._engine, caller, request_id, correct, comment, at),
+        )
+
+    async def _about(
+        self, caller: Caller, request_id: str, book: Callable[[datetime], Booked | None]
+    ) -> Booked:
+        """`book` gives None where SQL knows no such request of this team."""
         if self._waiting >= MAX_WAITING:
             raise Overloaded("More feedback comes in than can be kept. Send it again.", retry_after=1)
         self._waiting += 1
@@ -59,9 +92,9 @@ class SqlFeedback:
             looks = LOOKS if self._may_be_on_its_way(request_id) else LOOKS[:1]
             for pause in looks:
                 await asyncio.sleep(pause)
-                if await self._run(self._keep, caller, request_id, score, comment):
-                    return
-            if await self._run(self._journalled, request_id, caller.team):
+                if (booked := await self._run(lambda: self._booked(request_id, book))) is not None:
+                    return booked
+            if await self._run(lambda: self._journalled(request_id, caller.team)):
                 raise Overloaded(
                     "This request is not in the ledger yet. Send the feedback again.", retry_after=1
                 )
@@ -77,8 +110,8 @@ class SqlFeedback:
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, work: Callable[..., bool], *arguments: object) -> bool:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
+    async def _run(self, work: Callable[[], Found]) -> Found:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     def _may_be_on_its_way(self, request_id: str) -> bool:
         """By the time in a UUIDv7 (RFC 9562, 5.7)."""
@@ -89,15 +122,15 @@ class SqlFeedback:
         age = self._clock.now().timestamp() - (found.int >> 80) / 1000
         return found.version == 7 and -60 < age < YOUNG
 
-    def _keep(self, caller: Caller, request_id: str, score: float, comment: str | None) -> bool:
-        """False where SQL knows no such request of this team. A race of two corrections is run again."""
+    def _booked(self, request_id: str, book: Callable[[datetime], Booked | None]) -> Booked | None:
+        """A race of two corrections is run again."""
         if not request_id.isascii() or not request_id.isprintable():
-            return False  # no id of ours, and PostgreSQL would not take it
+            return None  # no id of ours, and PostgreSQL would not take it
         try:
-            return keep_feedback(self._engine, caller, request_id, score, comment, self._clock.now())
+            return book(self._clock.now())
         except IntegrityError:
             try:
-                return keep_feedback(self._engine, caller, request_id, score, comment, self._clock.now())
+                return book(self._clock.now())
             except SQLAlchemyError as error:
                 raise unavailable(error) from None
         except SQLAlchemyError as error:
@@ -129,7 +162,7 @@ def keep_feedback(
     found = sa.select(columns.served_model, columns.propensity).where(
         columns.id == request_id, columns.team == caller.team
     )
-    comment = None if comment is None else without_nul(comment).encode(errors="replace").decode()
+    comment = _plain(comment)
     with writing(engine) as connection:
         request = connection.execute(found).one_or_none()
         if request is None:
@@ -168,6 +201,80 @@ def keep_feedback(
         row = dict(zip(labels.c.keys(), label_row(label, at, revision), strict=True))
         connection.execute(sa.insert(labels).values(row))
     return True
+
+
+def judge_hit(
+    engine: Engine, caller: Caller, request_id: str, correct: bool, comment: str | None, at: datetime
+) -> JudgedHit | None:
+    """Books a verdict on an answer out of a cache, and the rule against its entry where it is wrong. None: no such
+    request of this team.
+
+    Raises InvalidRequest where no cache answered the request, and what SQLAlchemy raises.
+    """
+    columns, found = requests.c, cache_candidates.c
+    query = (
+        sa.select(columns.cache, columns.cache_entry, found.scope, found.entry, found.probability)
+        .select_from(requests.outerjoin(cache_candidates, found.request_id == columns.id))
+        .where(columns.id == request_id, columns.team == caller.team)
+    )
+    comment = _plain(comment)
+    with writing(engine) as connection:
+        request = connection.execute(query).one_or_none()
+        if request is None:
+            return None
+        entry = request.cache_entry
+        if request.cache == "miss" or entry is None:
+            raise InvalidRequest(
+                "'request_id': a model answered this request, no cache. Send how good it was to /v1/feedback.",
+                param="request_id",
+            )
+        lock_rows(connection, cache_labels)
+        said = (
+            sa.select(cache_labels.c.correct, cache_labels.c.comment, cache_labels.c.revision)
+            .where(
+                cache_labels.c.request_id == request_id,
+                cache_labels.c.entry == entry,
+                cache_labels.c.source == FEEDBACK,
+                cache_labels.c.key_id == caller.key_id,
+            )
+            .order_by(cache_labels.c.revision.desc())
+            .limit(1)
+        )
+        last = connection.execute(said).one_or_none()
+        if last is None or (last.correct, last.comment) != (correct, comment):
+            likened = request.entry == entry
+            label = CacheLabel(
+                request_id=request_id,
+                scope=request.scope if likened else "",
+                entry=entry,
+                score=request.probability if likened else 1.0,
+                right=correct,
+                propensity=1.0,
+                source=FEEDBACK,
+                at=at,
+                key_id=caller.key_id,
+                team=caller.team,
+                app=caller.app,
+                comment=comment,
+            )
+            row = cache_label_row(label, at, 0 if last is None else last.revision + 1)
+            values = dict(zip(cache_labels.c.keys()[1:], row, strict=True))
+            connection.execute(sa.insert(cache_labels).values(values))
+        if not correct:
+            lock_rows(connection, cache_invalidations)
+        rule = cache_invalidations.c
+        named = sa.select(sa.exists().where(rule.kind == "entry", rule.value == entry))
+        quarantined = bool(connection.scalar(named))
+        if not correct and not quarantined:
+            add_rule(
+                connection, "entry", entry, at=at, by=caller.key_id, reason=f"reported wrong: {request_id}"
+            )
+            quarantined = True
+    return JudgedHit(entry, quarantined)
+
+
+def _plain(comment: str | None) -> str | None:
+    return None if comment is None else without_nul(comment).encode(errors="replace").decode()
 
 
 # ---- what is learned from ----
