@@ -546,8 +546,9 @@ class _Advice:
 
     def _learning(self) -> Iterator[Problem]:
         learn = self.policy.learn
+        checked = [path for path, entry in _settings(self.policy) if entry.cache.check]
         if learn is not None and learn.judge is not None:
-            if learn.shadow == 0:
+            if learn.shadow == 0 and not checked:
                 yield self._policy(
                     ("learn", "judge"),
                     "there are no shadow answers to judge",
@@ -559,10 +560,24 @@ class _Advice:
                     f"{learn.judge} has no price, so the budget cannot bound what judging costs",
                     "price it, or name another model",
                 )
-        if learn is not None and learn.budget is not None and learn.shadow == 0:
+        if learn is not None and learn.budget is not None and learn.shadow == 0 and not checked:
             yield self._policy(
                 ("learn", "budget"), "nothing is spent on learning", "add shadow: 2%, or remove budget"
             )
+        for path in checked:
+            if learn is None or learn.budget is None:
+                yield self._policy(
+                    (*path, "cache", "check"),
+                    "no budget pays for asking a model again, so no served answer is checked",
+                    "add learn: { budget: { month: 20 } }, or remove check",
+                )
+        for path, entry in _settings(self.policy):
+            if entry.cache.semantic == "certified" and not checked:
+                yield self._policy(
+                    (*path, "cache", "semantic"),
+                    "once it serves nothing is checked any more, so an error that grows goes unnoticed",
+                    "add check: 2% beside it, and learn: { budget: { month: 20 } }",
+                )
         for path, requirement in _requirements(self.policy):
             verify = "none" if requirement.cascade is None else requirement.cascade.verify
             if verify in self.snapshot.models and self.snapshot.price(verify, self.now) is None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from classifiers.pairs import guard
 from router.core.openai_wire import sse_to_json
 from router.core.policy import ModelSpec
 from router.core.types import ChatRequest
@@ -262,7 +261,7 @@ def comparable(answer: Answer) -> bool:
 
 def says_the_same(stored: Answer, fresh: Answer) -> bool:
     """Whether a fresh answer shows that a comparable stored one is right: the same calls, JSON, short text or
-    numbers. Stricter than `agreement`: right answers in other words count as wrong, wrong ones never as right.
+    numbers. Stricter than `agreement`: right answers in other words count as wrong, hardly a wrong one as right.
     """
     calls = _calls(stored), _calls(fresh)
     if calls[0] or calls[1]:
@@ -276,14 +275,11 @@ def says_the_same(stored: Answer, fresh: Answer) -> bool:
     left, right = (_normalised(_cut(text, MAX_ANSWER)) for text in (texts[0], texts[1]))
     if left == right:
         return True
-    if max(len(left.split()), len(right.split())) > SHORT_WORDS:
-        return False
+    # "42" and "The answer is 42" say the same; "opens at 9" and "closes at 9" do not.
     numbers = _numbers(left), _numbers(right)
-    return (
-        bool(numbers[0])
-        and numbers[0] == numbers[1]
-        and not guard.reasons(guard.read(left), guard.read(right))
-    )
+    bare = not _NUMBER.sub("", left).strip() or not _NUMBER.sub("", right).strip()
+    short = max(len(left.split()), len(right.split())) <= SHORT_WORDS
+    return bare and short and bool(numbers[0]) and numbers[0] == numbers[1]
 
 
 def _message(answer: Answer) -> Mapping[str, Any]:

@@ -44,6 +44,8 @@ FLOOR = 0.48
 """Cosine of two sketches below which the transformer is not asked. Of good pairs that the verifier would serve at
 5 % 99 % lie above (docs/semantic-cache.md).
 """
+NEAREST = 16
+"""Stored prompts that are read, the nearest by sketch."""
 LEAST = 0.5
 """Probability below which nothing is a candidate in mode `certified`: the loosest threshold there is."""
 LOOK_UP = 0.25
@@ -230,7 +232,10 @@ class LikenessCache:
             shipped = self._likeness.threshold
             standing = self._evidence.standing(inquiry.scope, max_error, lambda: shipped(max_error))
             inquiry.serving = not standing.broken
-        inquiry.propensity = float(cache.check) if inquiry.serving or inquiry.judge is not None else 1.0
+        if not inquiry.serving and inquiry.judge is None:
+            inquiry.propensity = 1.0  # the request's own answer tells, and costs nothing
+        elif _pays(exchange):
+            inquiry.propensity = float(cache.check)
         inquiry.checked = self._draw() < inquiry.propensity
 
     async def _measure(self, exchange: Exchange, inquiry: Inquiry) -> None:
@@ -281,8 +286,8 @@ class LikenessCache:
             answer = _stored_answer(entry, body)
             comparable = await _comparable(answer, exchange.request)
             # What agreement certified holds for answers that agreement can compare, and for no others.
-            unknown = certified and inquiry.judge is None and comparable is None
-            serves = inquiry.serving and would_serve and not unknown
+            would_serve &= not (certified and inquiry.judge is None and comparable is None)
+            serves = inquiry.serving and would_serve
             inquiry.found = Found(
                 answer,
                 entry,
@@ -329,7 +334,7 @@ class LikenessCache:
         """Entries near by sketch that may be served to this request, the nearest first."""
         inquiry.sketch = self._likeness.sketch(inquiry.text)
         near: dict[str, Near] = {
-            one.entry_id: one for one in self._index.near(inquiry.partition, inquiry.sketch, floor=FLOOR)
+            one.entry_id: one for one in self._index.near(inquiry.partition, inquiry.sketch, NEAREST, FLOOR)
         }
         if not near:
             return []
@@ -478,9 +483,14 @@ def plain_prompt(request: ChatRequest) -> str | None:
 def _judge(exchange: Exchange) -> str | None:
     """The model that compares answers, where the policy pays for it and it may read the prompt."""
     learn = exchange.snapshot.learn
-    if learn is None or learn.judge is None or learn.budget is None or not exchange.policy.cache.check:
+    if learn is None or learn.judge is None or not _pays(exchange) or not exchange.policy.cache.check:
         return None
     return learn.judge if learn.judge in exchange.policy.allow and readable(exchange.request) else None
+
+
+def _pays(exchange: Exchange) -> bool:
+    """Whether the policy pays for asking a model again."""
+    return exchange.snapshot.learn is not None and exchange.snapshot.learn.budget is not None
 
 
 async def _comparable(stored: StoredAnswer, request: ChatRequest) -> Mapping[str, Any] | None:
