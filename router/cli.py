@@ -229,9 +229,11 @@ def _policy_rollback(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from router.adapters.sql import reports
 
+    if options.kind == "cache":
+        return _cache_stats(options)
     settings = read_settings(config=options.config)
     engine = _engine(settings)
-    by = [name.strip() for name in options.by.split(",") if name.strip()]
+    by = _names(options.by or "team,model")
     now = datetime.now(UTC)
     since = reports.moment(options.since, now) if options.since else None
     until = reports.moment(options.until, now) if options.until else None
@@ -250,6 +252,53 @@ def _report(options: argparse.Namespace) -> int:
         )
     sys.stdout.write(reports.render(report, options.format))
     return 0
+
+
+def _cache_stats(options: argparse.Namespace) -> int:
+    from router import cache_command
+
+    settings = read_settings(config=options.config)
+    sys.stdout.write(
+        cache_command.stats(
+            settings,
+            _engine(settings),
+            by=cache_command.BY if options.by is None else _names(options.by),
+            since=options.since,
+            until=options.until,
+            form=options.format,
+        )
+    )
+    return 0
+
+
+def _cache_invalidate(options: argparse.Namespace) -> int:
+    from router import cache_command
+    from router.core.cached import INVALIDATION_KINDS, InvalidationKind
+
+    if options.app is not None and options.team is None:
+        raise ConfigurationError("--app: say whose app it is, with --team")
+    given = [name for name in INVALIDATION_KINDS if name != "app"]
+    kind: InvalidationKind = next(name for name in given if getattr(options, name) not in (None, False))
+    value = "" if kind == "all" else getattr(options, kind)
+    if options.app is not None:
+        kind, value = "app", f"{options.team}/{options.app}"
+    print(
+        cache_command.invalidate(
+            _engine(read_settings()), kind, value, options.reason, json_form=options.json
+        )
+    )
+    return 0
+
+
+def _cache_rules(options: argparse.Namespace) -> int:
+    from router import cache_command
+
+    print(cache_command.listing(_engine(read_settings()), options.limit, json_form=options.json))
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _ledger_verify(options: argparse.Namespace) -> int:
@@ -392,6 +441,12 @@ def _parser() -> argparse.ArgumentParser:
     def config(command: argparse.ArgumentParser) -> None:
         command.add_argument("--config", metavar="DIR", help="folder of providers.yaml and policy.yaml")
 
+    def grouped(command: argparse.ArgumentParser, dimensions: str, since: str | None = None) -> None:
+        command.add_argument("--by", help=dimensions)
+        command.add_argument("--since", default=since, help="7d, 12h, or a date")
+        command.add_argument("--until", help="7d, 12h, or a date")
+        command.add_argument("--format", choices=("table", "json", "csv", "html"), default="table")
+
     def owner(command: argparse.ArgumentParser) -> None:
         command.add_argument("--team", required=True)
         command.add_argument("--app")
@@ -463,11 +518,41 @@ def _parser() -> argparse.ArgumentParser:
 
     report = add(commands, "report", _report, "Reports over the ledger")
     config(report)
-    report.add_argument("kind", choices=("spend", "savings", "budgets"))
-    report.add_argument("--by", default="team,model", help="team,app,model,class,day,...")
-    report.add_argument("--since", help="7d, 12h, or a date")
-    report.add_argument("--until", help="7d, 12h, or a date")
-    report.add_argument("--format", choices=("table", "json", "csv", "html"), default="table")
+    report.add_argument("kind", choices=("spend", "savings", "budgets", "cache"))
+    grouped(
+        report,
+        "team,app,model,class,day,...; default team,model, of the cache team,app (it also knows scope)",
+    )
+
+    cache = group("cache", "The caches")
+    stats = add(cache, "stats", _cache_stats, "Hits, what they saved, and how often likeness was wrong")
+    config(stats)
+    grouped(stats, "team,app,model,class,day,scope,...; default team,app", since="7d")
+    invalidate = add(
+        cache,
+        "invalidate",
+        _cache_invalidate,
+        "Take stored answers back: what was stored until now is not served any more",
+    )
+    named = invalidate.add_mutually_exclusive_group(required=True)
+    named.add_argument("--all", action="store_true", help="every stored answer")
+    named.add_argument(
+        "--epoch",
+        action="store_true",
+        dest="all",
+        help="the same: begins a new epoch by hand (a policy that may choose otherwise begins one by itself)",
+    )
+    named.add_argument("--team", help="every answer of this team")
+    named.add_argument("--model", help="every answer of this model (the policy's name)")
+    named.add_argument("--tag", metavar="KEY=VALUE", help="every answer to a request with this tag")
+    named.add_argument("--scope", metavar="HASH", help="as 'farthing cache stats --by scope' shows it")
+    named.add_argument("--entry", metavar="ID", help="one answer: the request that made it, for good")
+    invalidate.add_argument("--app", help="with --team: only this app's answers")
+    invalidate.add_argument("--reason", help="kept with the rule")
+    invalidate.add_argument("--json", action="store_true")
+    rules = add(cache, "list-invalidations", _cache_rules, "What was taken back, when, by whom and why")
+    rules.add_argument("--limit", type=_count, default=50)
+    rules.add_argument("--json", action="store_true")
 
     ledger = group("ledger", "The ledger")
     add(ledger, "verify", _ledger_verify, "Recompute every figure from stored rows")

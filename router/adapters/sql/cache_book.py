@@ -19,7 +19,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from router.adapters.sql.database import unavailable, writing
 from router.adapters.sql.ledger import lock_rows
-from router.adapters.sql.schema import cache_invalidations, cache_labels
+from router.adapters.sql.schema import (
+    cache_candidates,
+    cache_invalidations,
+    cache_labels,
+    requests,
+    spend_rollup,
+)
 from router.core.cached import (
     INVALIDATION_KINDS,
     CacheLabel,
@@ -122,6 +128,29 @@ def list_rules(engine: Engine, limit: int = 50, *, without_entries: bool = False
     try:
         with engine.connect() as connection:
             return [BookedRule(_rule(row), row.by, row.reason) for row in connection.execute(query)]
+    except SQLAlchemyError as error:
+        raise unavailable(error) from None
+
+
+def names_something(engine: Engine, rule: Invalidation) -> bool:
+    """False where no booked request can be meant, so that a slip of the pen is noticed; tags are not looked up.
+
+    Raises UnavailableError.
+    """
+    kind, value, rollup = rule.kind, rule.value, spend_rollup.c
+    if kind in ("all", "tag"):
+        return True
+    team, _, app = value.partition("/")
+    meant = {
+        "team": rollup.team == value,
+        "app": sa.and_(rollup.team == team, rollup.app == app),
+        "model": rollup.model == value,
+        "scope": cache_candidates.c.scope == value,
+        "entry": requests.c.id == value,
+    }
+    try:
+        with engine.connect() as connection:
+            return bool(connection.scalar(sa.select(sa.exists().where(meant[kind]))))
     except SQLAlchemyError as error:
         raise unavailable(error) from None
 

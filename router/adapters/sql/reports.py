@@ -91,7 +91,7 @@ def spend_report(
     groups, health = _read(engine, journals, by, since, until)
     rows = [
         {
-            **_dimensions(by, key),
+            **dimensions_of(by, key),
             "requests": sums["requests"],
             "cost_usd": Usd(sums["cost"] + sums["adjusted"]),
             **{name: sums[name] for name in TOKEN_COLUMNS},
@@ -102,7 +102,7 @@ def spend_report(
         for key, sums in groups.items()
     ]
     columns = (*by, "requests", "cost_usd", *TOKEN_COLUMNS, "estimated", "unpriced", "failed")
-    return Report(columns, _ordered(rows, by, "cost_usd"), health)
+    return Report(columns, ordered(rows, by, "cost_usd"), health)
 
 
 def savings_report(
@@ -120,7 +120,7 @@ def savings_report(
     groups, health = _read(engine, journals, by, since, until)
     rows = [
         {
-            **_dimensions(by, key),
+            **dimensions_of(by, key),
             "requests": sums["requests"],
             "compared": sums["saving_requests"],
             "baseline_usd": Usd(sums["baseline"]),
@@ -147,7 +147,7 @@ def savings_report(
         "advised",
         "potential_usd",
     )
-    return Report(columns, _ordered(rows, by, "saved_usd"), health)
+    return Report(columns, ordered(rows, by, "saved_usd"), health)
 
 
 def budgets_report(
@@ -167,7 +167,7 @@ def budgets_report(
     try:
         with one_snapshot(engine) as connection:
             spent = {row.key: row for row in connection.execute(query)}
-            health = _health(journals, _unsettled(connection, ids), {})
+            health = health_of(journals, unsettled_of(connection, ids), {})
     except SQLAlchemyError as error:
         raise unavailable(error) from None
     rows = []
@@ -266,13 +266,13 @@ def _read(
                     sums = groups.setdefault(key, dict.fromkeys(_SUMS, 0))
                     for name in _SUMS:
                         sums[name] += int(row.get(name) or 0)
-            unsettled = _unsettled(connection, ids)
+            unsettled = unsettled_of(connection, ids)
     except SQLAlchemyError as error:
         raise unavailable(error) from None
     if not by:
         groups.setdefault((), dict.fromkeys(_SUMS, 0))
     totals = {name: sum(sums[name] for sums in groups.values()) for name in _SUMS}
-    return groups, _health(journals, unsettled, totals)
+    return groups, health_of(journals, unsettled, totals)
 
 
 def _queries(
@@ -311,12 +311,12 @@ def _raw_query(
     compared = sa.and_(row.cost.is_not(None), row.baseline.is_not(None))
     sums = {
         "requests": sa.func.count(),
-        "estimated": _count(row.estimated),
-        "unpriced": _count(row.unpriced),
-        "failed": _count(row.status == "failed"),
+        "estimated": count_of(row.estimated),
+        "unpriced": count_of(row.unpriced),
+        "failed": count_of(row.status == "failed"),
         **{name: sa.func.sum(row[name]) for name in TOKEN_COLUMNS},
         "cost": sa.func.sum(row.cost),
-        "saving_requests": _count(compared),
+        "saving_requests": count_of(compared),
         "saving_cost": sa.func.sum(sa.case((compared, row.cost))),
         **{
             name: sa.func.sum(sa.case((compared, row[name])))
@@ -325,22 +325,22 @@ def _raw_query(
         "potential_requests": sa.func.count(row.potential_savings),
         "potential_savings": sa.func.sum(row.potential_savings),
     }
-    groups = _raw_groups(connection, by)
+    groups = raw_groups(connection, by)
     query = sa.select(*groups, *(sums[name].label(name) for name in ROLLUP_SUMS))
-    return _within(query, since, until).group_by(*groups)
+    return within(query, since, until).group_by(*groups)
 
 
 def _adjustment_query(
     connection: Connection, by: Sequence[str], since: datetime | None, until: datetime | None
 ) -> sa.Select[Any]:
-    groups = _raw_groups(connection, by)
+    groups = raw_groups(connection, by)
     query = sa.select(*groups, sa.func.sum(adjustments.c.amount).label("adjusted")).join_from(
         adjustments, requests, adjustments.c.request_id == requests.c.id
     )
-    return _within(query, since, until).group_by(*groups)
+    return within(query, since, until).group_by(*groups)
 
 
-def _within(query: sa.Select[Any], since: datetime | None, until: datetime | None) -> sa.Select[Any]:
+def within(query: sa.Select[Any], since: datetime | None, until: datetime | None) -> sa.Select[Any]:
     if since is not None:
         query = query.where(requests.c.opened_at >= since)
     if until is not None:
@@ -348,7 +348,7 @@ def _within(query: sa.Select[Any], since: datetime | None, until: datetime | Non
     return query
 
 
-def _raw_groups(connection: Connection, by: Sequence[str]) -> list[sa.Label[Any]]:
+def raw_groups(connection: Connection, by: Sequence[str]) -> list[sa.Label[Any]]:
     def column(name: str) -> sa.ColumnElement[Any]:
         if name != "day":
             return sa.func.coalesce(requests.c[DIMENSIONS[name][1]], "")
@@ -359,7 +359,7 @@ def _raw_groups(connection: Connection, by: Sequence[str]) -> list[sa.Label[Any]
     return [column(name).label(f"by_{name}") for name in by]
 
 
-def _count(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[Any]:
+def count_of(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[Any]:
     return sa.func.sum(sa.case((condition, 1), else_=0))
 
 
@@ -372,11 +372,11 @@ def _next_midnight(at: datetime) -> datetime:
     return midnight if midnight == at else midnight + timedelta(days=1)
 
 
-def _unsettled(connection: Connection, ids: set[str]) -> int:
+def unsettled_of(connection: Connection, ids: set[str]) -> int:
     return len(ids) - len(existing_ids(connection, sorted(ids)))
 
 
-def _health(journals: Path, unsettled: int, totals: Mapping[str, int]) -> dict[str, int]:
+def health_of(journals: Path, unsettled: int, totals: Mapping[str, int]) -> dict[str, int]:
     try:
         with (journals / REJECTED_FILE).open("rb") as file:
             rejected = sum(1 for _ in file)
@@ -386,11 +386,11 @@ def _health(journals: Path, unsettled: int, totals: Mapping[str, int]) -> dict[s
     return {"unsettled": unsettled, "rejected": rejected, **named}
 
 
-def _dimensions(by: Sequence[str], key: tuple[str, ...]) -> dict[str, Cell]:
+def dimensions_of(by: Sequence[str], key: tuple[str, ...]) -> dict[str, Cell]:
     return {name: value or None for name, value in zip(by, key, strict=True)}
 
 
-def _ordered(
+def ordered(
     rows: list[dict[str, Cell | Usd]], by: Sequence[str], amount: str
 ) -> tuple[Mapping[str, Cell | Usd], ...]:
     """By time where days are asked for, else the largest amount first."""

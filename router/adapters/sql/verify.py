@@ -29,6 +29,7 @@ from router.adapters.sql.schema import (
     adjustments,
     attempts,
     budget_spend,
+    cache_candidates,
     cost_lines,
     price_records,
     requests,
@@ -97,10 +98,12 @@ def _differences(connection: Connection, result: Verification, batch: int) -> It
         first, after = found[0]["id"], found[-1]["id"]
         tried = _by_request(connection, attempts, first, after)
         lines = _by_request(connection, cost_lines, first, after)
+        found_by_likeness = _by_request(connection, cache_candidates, first, after)
         for row in found:
             result.requests += 1
             request_id = row["id"]
             yield from _check_request(row, tried.get(request_id, []), lines.get(request_id, []), prices)
+            yield from _check_candidate(row, found_by_likeness.get(request_id, []))
             _add_to_rollup(rollup, row)
             for key, period in msgspec.json.decode(row["budgets"]):
                 total = budgets[key, period]
@@ -172,6 +175,18 @@ def _check_request(
             yield Difference(where, "routing + cache - overhead", routing + cache - overhead, expected)
     elif parts != [None, None, None]:
         yield Difference(where, "parts of the saving", parts, "all or none")
+
+
+def _check_candidate(row: RowMapping, found: Sequence[RowMapping]) -> Iterator[Difference]:
+    """An answer by likeness is the one that was found and served, and no other request has one that was served."""
+    where = f"request {row['id']}"
+    served = [candidate["entry"] for candidate in found if candidate["served"]]
+    if row["cache"] == "semantic" and not found:
+        yield Difference(where, "candidate", "no candidate", row["cache_entry"])
+    elif row["cache"] == "semantic" and served != [row["cache_entry"]]:
+        yield Difference(where, "entry of the candidate that was served", served, row["cache_entry"])
+    elif row["cache"] != "semantic" and served:
+        yield Difference(where, "cache although its candidate was served", row["cache"], "semantic")
 
 
 def _check_attempt(
