@@ -5,7 +5,7 @@ Each worker process owns one folder, `DATA_DIR/journal/NAME/`, for its whole lif
 left behind: whoever gets its lock adopts it.
 
 A frame is `length u32, crc32 u32, kind u8, id length u8, id, msgpack`, little endian; length counts all that
-follows the checksum, the checksum covers it. One frame is one unbuffered write(), so a record survives
+follows the checksum, the checksum covers it. A frame goes with one unbuffered write(), so a record survives
 kill -9 the moment the call returns. What a crash of the machine may take is bounded by `sync`.
 """
 
@@ -20,13 +20,14 @@ import struct
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from router.core.errors import UnavailableError
 from router.core.types import AttemptRecord, OpenRecord, RequestRecord
@@ -85,7 +86,7 @@ def _frame(kind: int, request_id: str, record: Any) -> bytes:
         payload = _encoder.encode(record)
         name = request_id.encode()
     except UnicodeEncodeError:  # a lone surrogate out of a caller's JSON
-        payload = _encoder.encode(_without_surrogates(record))
+        payload = _encoder.encode(with_texts(record, _without_surrogates))
         name = request_id.encode(errors="replace")
     if len(name) > 255:
         raise ValueError("a request id has at most 255 bytes")
@@ -93,15 +94,23 @@ def _frame(kind: int, request_id: str, record: Any) -> bytes:
     return _HEADER.pack(len(body), zlib.crc32(body)) + body
 
 
-def _without_surrogates(value: Any) -> Any:
+def _without_surrogates(text: str) -> str:
+    return text.encode(errors="replace").decode()
+
+
+def with_texts(value: Any, changed: Callable[[str], str]) -> Any:
+    """The same record with every text in it as `changed` gives it."""
     if isinstance(value, str):
-        return value.encode(errors="replace").decode()
+        return changed(value)
+    if isinstance(value, msgspec.Struct):
+        texts = {name: with_texts(getattr(value, name), changed) for name in value.__struct_fields__}
+        return structs.replace(value, **texts)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _without_surrogates(getattr(value, f.name)) for f in fields(value)})
+        return replace(value, **{f.name: with_texts(getattr(value, f.name), changed) for f in fields(value)})
     if isinstance(value, Mapping):
-        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+        return {with_texts(key, changed): with_texts(item, changed) for key, item in value.items()}
     if isinstance(value, tuple | list | frozenset):
-        return type(value)(_without_surrogates(item) for item in value)
+        return type(value)(with_texts(item, changed) for item in value)
     return value
 
 
@@ -120,6 +129,8 @@ class JournalFile:
         self._mutex = threading.Lock()
         self._waiting: deque[tuple[bytes, RequestRecord]] = deque()
         self._in_flight: set[str] = set()
+        self._held: dict[str, bytes] = {}
+        """Frames of `open` that go with their first attempt."""
         self.settled = 0
         """Requests settled by this worker, stored or still waiting for the disk."""
         self.appended = 0
@@ -159,12 +170,21 @@ class JournalFile:
         """Settled records that the disk did not take yet."""
         return len(self._waiting)
 
-    def open(self, record: OpenRecord) -> None:
-        self._append_or_raise(_frame(OPEN, record.id, record))
+    def open(self, record: OpenRecord, *, attempt_follows: bool = False) -> None:
+        frame = _frame(OPEN, record.id, record)
+        if attempt_follows:
+            self._held[record.id] = frame
+        else:
+            self._append_or_raise(frame)
         self._in_flight.add(record.id)
 
     def attempt(self, record: AttemptRecord) -> None:
-        self._append_or_raise(_frame(ATTEMPT, record.request_id, record))
+        frame = _frame(ATTEMPT, record.request_id, record)
+        opening = self._held.pop(record.request_id, None)
+        if opening is None:
+            self._append_or_raise(frame)
+        else:
+            self._append_or_raise(opening + frame, frames=2)
 
     def settle(self, record: RequestRecord) -> None:
         try:
@@ -175,6 +195,7 @@ class JournalFile:
             return
         self.settled += 1
         self._in_flight.discard(record.id)
+        self._held.pop(record.id, None)
         try:
             with self._mutex:
                 if self._waiting:
@@ -228,30 +249,31 @@ class JournalFile:
             os.close(self._lock)
             self._file = self._lock = -1
 
-    def _append_or_raise(self, frame: bytes) -> None:
+    def _append_or_raise(self, data: bytes, frames: int = 1) -> None:
         try:
             with self._mutex:
-                self._append(frame)
+                self._append(data, frames)
         except OSError as error:
             reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
             raise UnavailableError(f"the journal cannot be written: {reason}") from None
 
-    def _append(self, frame: bytes) -> None:
+    def _append(self, data: bytes, frames: int = 1) -> None:
+        """Appends whole frames: all of them, or none."""
         if self._size >= self._segment_bytes:
             self._rotate()
         try:
-            written = os.write(self._file, frame)
-            if written != len(frame):
+            written = os.write(self._file, data)
+            if written != len(data):
                 # A short write is how a filling disk announces itself; the rest fails with the true reason.
-                os.write(self._file, frame[written:])
-                if os.fstat(self._file).st_size != self._size + len(frame):
+                os.write(self._file, data[written:])
+                if os.fstat(self._file).st_size != self._size + len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             self._forget_torn_frame()
             raise
-        self._size += len(frame)
+        self._size += len(data)
         self._end = (self._end[0], self._size)
-        self.appended += 1
+        self.appended += frames
 
     def _forget_torn_frame(self) -> None:
         try:

@@ -259,7 +259,7 @@ class MemoryJournal:
         self.attempts: list[AttemptRecord] = []
         self.settled: list[RequestRecord] = []
 
-    def open(self, record: OpenRecord) -> None:
+    def open(self, record: OpenRecord, *, attempt_follows: bool = False) -> None:
         self.opened.append(record)
 
     def attempt(self, record: AttemptRecord) -> None:

@@ -269,7 +269,9 @@ class FlightBoard(Protocol):
 class Journal(Protocol):
     """This worker's own locked file. Every call returns once the record is with the operating system."""
 
-    def open(self, record: OpenRecord) -> None: ...
+    def open(self, record: OpenRecord, *, attempt_follows: bool = False) -> None:
+        """`attempt_follows`: nothing is sent before an `attempt` of this request, which takes the record along."""
+        ...
 
     def attempt(self, record: AttemptRecord) -> None: ...
 

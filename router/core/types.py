@@ -1,16 +1,19 @@
 """The nouns of the gateway: money, usage, prices, callers, requests and ledger rows.
 
-Everything here is a frozen value. Money is an integer count of nano-USD (1 USD = 10**9) or, in a price
+Everything here is a frozen value; what a request makes many of is a msgspec Struct, which is made and encoded several
+times as fast as a dataclass. Money is an integer count of nano-USD (1 USD = 10**9) or, in a price
 record, a Decimal in USD per million tokens. Durations are seconds as float unless a name ends in `_ms`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal, NewType
+
+from msgspec import Struct
 
 from router.core.cached import CacheCandidate, CacheLabel
 from router.core.learning import Label
@@ -26,8 +29,7 @@ RequestStatus = Literal["complete", "failed", "cut", "cancelled"]
 AttemptOutcome = Literal["complete", "failed", "timeout", "cut", "cancelled"]
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Struct, frozen=True):
     """Disjoint token counts of one answer; they add up, so no token is billed twice.
 
     Providers report cached tokens as part of the prompt and reasoning tokens as part of the completion;
@@ -74,13 +76,12 @@ class Usage:
         return self.output + self.output_reasoning + self.output_audio
 
 
-BUCKETS: tuple[str, ...] = tuple(f.name for f in fields(Usage))
+BUCKETS: tuple[str, ...] = Usage.__struct_fields__
 INPUT_BUCKETS = BUCKETS[:5]
 OUTPUT_BUCKETS = BUCKETS[5:]
 
 
-@dataclass(frozen=True, slots=True)
-class PriceRecord:
+class PriceRecord(Struct, frozen=True):
     """What one model costs from `effective_from` on. Immutable: a change is a new record with a new id.
 
     `unit_prices` (billed) and `list_prices` (before a contract's discount) hold USD per million tokens for
@@ -99,8 +100,7 @@ class PriceRecord:
     contract: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class CostLine:
+class CostLine(Struct, frozen=True):
     """One bucket of one attempt, priced. `unit_price` and `list_price` are nano-USD per million tokens."""
 
     bucket: str
@@ -143,8 +143,7 @@ class ChatRequest:
     prompt: str
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(Struct, frozen=True):
     """One call to a provider. `cost` is None where the model has no known price; never 0 for unknown."""
 
     index: int
@@ -164,8 +163,7 @@ class Attempt:
     price: PriceRecord | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BudgetWindow:
+class BudgetWindow(Struct, frozen=True):
     """One budget in one month: `key` is `organisation`, `team:NAME` or `app:TEAM/NAME`; `period` is `2026-11`
     in the organisation's timezone, taken at admission.
     """
@@ -174,8 +172,7 @@ class BudgetWindow:
     period: str
 
 
-@dataclass(frozen=True, slots=True)
-class OpenRecord:
+class OpenRecord(Struct, frozen=True):
     """Written before dispatch: enough to book a request whose process dies. `price` is that of the first
     model of the plan, `input_tokens` and `output_tokens` the forecast an estimate is made from.
     """
@@ -198,8 +195,7 @@ class OpenRecord:
     caller_request_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptRecord:
+class AttemptRecord(Struct, frozen=True):
     """Written when a call to a provider is about to be made."""
 
     request_id: str
@@ -211,8 +207,7 @@ class AttemptRecord:
     price: PriceRecord | None
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRecord:
+class RequestRecord(Struct, frozen=True):
     """The one ledger entry of one admitted request, with all its attempts.
 
     `baseline` is the cost of the same usage on the reference model. The savings identity holds in integers:
@@ -275,8 +270,7 @@ class RequestRecord:
     cache_labels: tuple[CacheLabel, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class LiveStatus:
+class LiveStatus(Struct, frozen=True):
     """What is known right now of one model: its circuit breaker and its recent latency.
 
     `first_token_p95` in seconds and `tokens_per_second` are None while there are too few observations.

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from msgspec import structs
+
 from router.core.errors import RequestError, UpstreamError
 from router.core.ports import Clock
 from router.core.types import NanoUSD
@@ -160,7 +162,9 @@ class Cascade:
             return None
         finally:
             exchange.attempts += [
-                attempt if attempt.outcome in ("failed", "timeout") else replace(attempt, error="verifier")
+                attempt
+                if attempt.outcome in ("failed", "timeout")
+                else structs.replace(attempt, error="verifier")
                 for attempt in aside.attempts
             ]
         return read_approval(parsed_answer(heard.body, False))
@@ -175,7 +179,7 @@ class Cascade:
             return False
         if not await self._afforded(exchange, worst_case_of(exchange, name)):
             return False
-        exchange.attempts[at] = replace(cheap, error="escalated")
+        exchange.attempts[at] = structs.replace(cheap, error="escalated")
         exchange.escalated = doubt
         try:
             await self._dispatch.attempt(exchange, flight, name, len(exchange.attempts), left)

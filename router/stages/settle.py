@@ -28,7 +28,7 @@ class Settle:
 
     def open(self, exchange: Exchange) -> None:
         """Written before anything is sent to a provider: from here on the request is admitted and has a row."""
-        self._journal.open(_open_record(exchange))
+        self._journal.open(_open_record(exchange), attempt_follows=exchange.reserved)
 
     def dispatched(self, exchange: Exchange) -> RequestRecord | None:
         """Settles a request that went to a provider, or was reserved for one. None: settled before."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from router.core.types import (
     RequestRecord,
     Usage,
 )
+from tests.values import replace
 
 OPENED = datetime(2026, 11, 24, 10, 30, 0, 123456, tzinfo=UTC)
 USD_PER_MILLION = Decimal("0.25")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from router.core.cached import CacheBook, CacheLabel, Invalidation, Invalidation
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.policy import CacheUse
 from tests.contracts.ledger_records import OPENED, candidate, new_id, settled
+from tests.values import replace
 
 pytest_plugins = ["tests.contracts.sql_databases"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from router.core.policy import CacheUse
 from router.core.types import Caller, RequestRecord
 from router.stages.feedback import BURST, MAX_COMMENT, CacheFeedback, read_verdict
 from tests.contracts.ledger_records import OPENED, candidate, hit, new_id, opened, settled
+from tests.values import replace
 
 pytest_plugins = ["tests.contracts.sql_databases"]
 

@@ -7,7 +7,6 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from router.core.errors import InvalidRequest, NotFound, Overloaded, RateLimited
 from router.core.types import Caller, OpenRecord, RequestRecord
 from router.stages.feedback import BURST, MAX_COMMENT, Feedback, read_score
 from tests.contracts.ledger_records import new_id, opened, settled
+from tests.values import replace
 
 pytest_plugins = ["tests.contracts.sql_databases"]
 

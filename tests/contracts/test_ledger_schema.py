@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +30,7 @@ from router.adapters.sql.ledger import Ledger, adjust
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.types import Usage
 from tests.contracts.ledger_records import OPENED, cache_labelled, candidate, labelled, new_id, settled
+from tests.values import replace
 
 pytest_plugins = ["tests.contracts.sql_databases"]
 

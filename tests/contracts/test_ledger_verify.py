@@ -6,7 +6,6 @@ import os
 import random
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from router.adapters.sql.writer import cancelled
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.types import BudgetWindow, RequestRecord
 from tests.contracts.ledger_records import OPENED, attempted, new_id, opened, settled
+from tests.values import replace
 
 pytest_plugins = ["tests.contracts.sql_databases"]
 

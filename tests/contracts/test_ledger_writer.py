@@ -9,7 +9,6 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from tests.contracts.ledger_records import (
     price,
     settled,
 )
+from tests.values import replace
 
 pytest_plugins = ["tests.contracts.sql_databases"]
 

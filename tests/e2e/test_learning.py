@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -20,6 +19,7 @@ from tests.contracts.own_traffic_parts import encoder, prompt_text, read
 from tests.e2e.conftest import StartGateway
 from tests.e2e.gateway import Gateway, until
 from tests.e2e.setting import policy
+from tests.values import replace
 
 LEARN = policy(more="learn: {}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -23,6 +22,7 @@ from router.core.types import RequestRecord, Usage
 from router.explain import explain_prompt, explain_request
 from router.settings import Settings, read_settings
 from tests.contracts.ledger_records import OPENED, new_id, opened, settled
+from tests.values import replace
 
 pytest_plugins = ["tests.contracts.sql_databases"]
 

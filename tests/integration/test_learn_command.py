@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from router.core.ports import Snapshot
 from router.core.types import Caller, RequestRecord, Usage
 from tests.contracts.ledger_records import labelled, new_id, settled
 from tests.contracts.own_traffic_parts import MODELS, SUCCESS, encoder, prompt_text, read
+from tests.values import replace
 
 pytest_plugins = ["tests.contracts.sql_databases"]
 

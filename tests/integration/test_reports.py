@@ -8,7 +8,6 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -33,6 +32,7 @@ from router.core.errors import ConfigurationError, UnavailableError
 from router.core.policy import BudgetLimit
 from router.core.types import NanoUSD, RequestRecord, Usage
 from tests.contracts.ledger_records import OPENED, new_id, opened, settled
+from tests.values import replace
 
 pytest_plugins = ["tests.contracts.sql_databases"]
 

@@ -224,6 +224,23 @@ def test_a_full_disk_refuses_before_dispatch_and_damages_nothing(journal: Journa
     assert frames == [(OPEN, first), (OPEN, later), (SETTLE, first)]
 
 
+def test_an_opening_goes_to_the_disk_with_its_first_attempt(journal: JournalFile) -> None:
+    called, ended = new_id(), new_id()
+    journal.open(opened(called), attempt_follows=True)
+    journal.open(opened(ended), attempt_follows=True)
+    assert (journal.in_flight, journal.appended, read(journal)) == (2, 0, [])
+    with full_disk(only_segment(journal), 100), pytest.raises(UnavailableError):
+        journal.attempt(attempted(called))
+    assert read(journal) == []
+    journal.open(opened(called), attempt_follows=True)
+    journal.attempt(attempted(called))
+    journal.attempt(attempted(called, 1))
+    journal.settle(settled(ended))
+    frames = [(frame.kind, frame.request_id) for frame in read(journal)]
+    assert frames == [(OPEN, called), (ATTEMPT, called), (ATTEMPT, called), (SETTLE, ended)]
+    assert (journal.in_flight, journal.appended) == (1, 4)
+
+
 def test_a_torn_frame_that_cannot_be_cut_off_ends_its_segment(
     journal: JournalFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:

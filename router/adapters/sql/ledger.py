@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -14,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from router.adapters.journal import with_texts
 from router.adapters.sql.database import unavailable, writing
 from router.adapters.sql.schema import (
     ROLLUP_KEY,
@@ -413,12 +413,4 @@ def existing_ids(connection: Connection, ids: Sequence[str], chunk: int = 500) -
 
 def without_nul(value: Any) -> Any:
     """The same record without NUL characters, which PostgreSQL's text does not take."""
-    if isinstance(value, str):
-        return value.replace("\0", "�")
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: without_nul(getattr(value, f.name)) for f in fields(value)})
-    if isinstance(value, Mapping):
-        return {without_nul(key): without_nul(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(without_nul(item) for item in value)
-    return value
+    return with_texts(value, lambda text: text.replace("\0", "�"))
