@@ -198,6 +198,8 @@ class Gateway:
                 self.watch,
                 self._clock,
                 self._admin_status,
+                self._book,
+                self._answers,
             ),
         )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +15,12 @@ from sqlalchemy.engine import Engine
 
 from router.adapters.configuration import ConfigurationWatch
 from router.adapters.sql import reports
+from router.adapters.sql.cache_book import BookedRule, SqlCacheBook, invalidate, list_rules
+from router.adapters.sql.cache_report import cache_report, policy_bound
 from router.adapters.sql.keys import KeyEntry, adopt_key, create_key, list_keys, revoke_key
 from router.adapters.sql.lookup import as_json, find_request
 from router.adapters.sql.verify import verify
+from router.core.cached import InvalidationKind, SemanticStore
 from router.core.errors import ConfigurationError, InvalidRequest, NotFound, Overloaded, UnavailableError
 from router.core.ports import Clock
 
@@ -37,6 +42,8 @@ class SqlAdministration:
         watch: ConfigurationWatch,
         clock: Clock,
         status: Callable[[], Mapping[str, Any]],
+        book: SqlCacheBook,
+        answers: SemanticStore,
     ) -> None:
         self._engine = engine
         self._secret = secret
@@ -44,6 +51,8 @@ class SqlAdministration:
         self._watch = watch
         self._clock = clock
         self._status = status
+        self._book = book
+        self._answers = answers
         self._verifying = threading.Lock()
 
     # -- keys --
@@ -100,7 +109,7 @@ class SqlAdministration:
     # -- reports, ledger --
 
     def report(self, kind: str, by: Sequence[str], since: str | None, until: str | None, form: str) -> str:
-        """`kind` is spend, savings or budgets; the last takes neither `by` nor a span."""
+        """`kind` is spend, savings, budgets or cache; budgets take neither `by` nor a span."""
         return _asked(lambda: self._report(kind, by, since, until, form))
 
     def _report(self, kind: str, by: Sequence[str], since: str | None, until: str | None, form: str) -> str:
@@ -111,6 +120,11 @@ class SqlAdministration:
             report = reports.budgets_report(
                 self._engine, self._journals, limits, period, lambda team: snapshot.team_budget(team, now)
             )
+            return reports.render(report, form)
+        if kind == "cache":
+            since_at, until_at = _moment(since, now), _moment(until, now)
+            bound = policy_bound(self._watch.current, now)
+            report = cache_report(self._engine, self._journals, by, since_at, until_at, max_error=bound)
             return reports.render(report, form)
         read = reports.spend_report if kind == "spend" else reports.savings_report
         report = read(self._engine, self._journals, by, _moment(since, now), _moment(until, now))
@@ -148,10 +162,53 @@ class SqlAdministration:
         except UnavailableError as error:
             raise _away(error) from None
 
+    # -- caches --
+
+    async def cache(self) -> dict[str, Any]:
+        rules = await asyncio.to_thread(_asked, lambda: list_rules(self._engine))
+        try:
+            size = await self._answers.size() if self._answers.up else None
+        except UnavailableError:
+            size = None
+        return {
+            "generation": self._book.invalidations.generation,
+            "sql_up": self._book.sql_up,
+            "store": {
+                "up": size is not None,
+                "entries": size.entries if size else None,
+                "partitions": size.partitions if size else None,
+                "bytes": sum(size.bytes.values()) if size else None,
+            },
+            "invalidations": [_taken_back(rule) for rule in rules],
+        }
+
+    def invalidate(self, kind: InvalidationKind, value: str, reason: str | None) -> dict[str, Any]:
+        rule = _asked(
+            lambda: invalidate(
+                self._engine, kind, value, at=self._clock.now(), by="admin", reason=reason or None
+            )
+        )
+        log.info("admin plane: rule %d takes stored answers back (%s)", rule.id, kind)
+        with suppress(UnavailableError):  # it is booked, and read in a moment
+            self._book.refresh_now()
+        return _taken_back(BookedRule(rule, "admin", reason or None))
+
     # -- health --
 
     def health(self) -> Mapping[str, Any]:
         return self._status()
+
+
+def _taken_back(booked: BookedRule) -> dict[str, Any]:
+    rule = booked.rule
+    return {
+        "id": rule.id,
+        "at": rule.at,
+        "kind": rule.kind,
+        "value": rule.value,
+        "by": booked.by,
+        "reason": booked.reason,
+    }
 
 
 def _asked(ask: Callable[[], Answer]) -> Answer:

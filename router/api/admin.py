@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from router.api.data_plane import Message, Receive, Scope, Send
 from router.api.errors import ErrorAnswer, error_answer
+from router.core.cached import InvalidationKind
 from router.core.errors import InvalidRequest, NotAuthenticated, RequestError, RequestTooLarge
 
 MAX_BODY = 64 * 1024
@@ -21,7 +22,9 @@ MAX_QUERY = 4 * 1024
 
 
 class Administration(Protocol):
-    """What stands behind the routes. All but `policy`, `reload_policy` and `health` block; all raise RequestError."""
+    """What stands behind the routes. All but `policy`, `reload_policy`, `cache` and `health` block; all raise
+    RequestError.
+    """
 
     def keys(self) -> list[dict[str, Any]]: ...
 
@@ -42,6 +45,10 @@ class Administration(Protocol):
     def report(
         self, kind: str, by: Sequence[str], since: str | None, until: str | None, form: str
     ) -> str: ...
+
+    async def cache(self) -> dict[str, Any]: ...
+
+    def invalidate(self, kind: InvalidationKind, value: str, reason: str | None) -> dict[str, Any]: ...
 
     def verify(self) -> dict[str, Any]: ...
 

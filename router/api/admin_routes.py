@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from router.api.admin import Administration
 from router.api.errors import ErrorAnswer, error_answer, internal_error
+from router.core.cached import InvalidationKind
 from router.core.errors import InvalidRequest, MethodNotAllowed, NotFound, RequestError
 
 
@@ -97,6 +98,45 @@ class Health(BaseModel):
     refused_artefact: str | None = None
 
 
+class NewInvalidation(_Strict):
+    """What is not served any more. `value`: TEAM, TEAM/APP, model, key=value, scope or entry; none for `all`."""
+
+    kind: InvalidationKind
+    value: str = Field(default="", max_length=200)
+    reason: str | None = Field(default=None, max_length=500)
+
+
+class InvalidationShown(BaseModel):
+    """`by`: admin, cli or the id of the key whose caller reported a wrong answer."""
+
+    id: int
+    at: datetime
+    kind: str
+    value: str
+    by: str
+    reason: str | None
+
+
+class CacheStored(BaseModel):
+    """The store of answers found by likeness; numbers are None while it is away. `bytes` is of all tenants."""
+
+    up: bool
+    entries: int | None
+    partitions: int | None
+    bytes: int | None
+
+
+class CacheShown(BaseModel):
+    """`generation`: the newest rule this worker knows. `sql_up`: whether it can read newer ones. `invalidations`: the
+    newest fifty.
+    """
+
+    generation: int
+    sql_up: bool
+    store: CacheStored
+    invalidations: list[InvalidationShown]
+
+
 class Difference(BaseModel):
     where: str
     what: str
@@ -175,9 +215,9 @@ def _add_routes(app: FastAPI, administration: Administration) -> None:
 
     @app.get("/admin/reports/{kind}", response_class=Response)
     def report(kind: str, query: Annotated[ReportQuery, Query()]) -> Response:
-        """spend, savings or budgets, with the digits of `farthing report`."""
-        if kind not in ("spend", "savings", "budgets"):
-            raise NotFound("There are reports of spend, savings and budgets.", param="kind")
+        """spend, savings, budgets or cache, with the digits of `farthing report`."""
+        if kind not in ("spend", "savings", "budgets", "cache"):
+            raise NotFound("There are reports of spend, savings, budgets and cache.", param="kind")
         if kind == "budgets":
             for name in ("by", "since", "until"):
                 if getattr(query, name) is not None:
@@ -186,10 +226,21 @@ def _add_routes(app: FastAPI, administration: Administration) -> None:
                         "it out.",
                         param=name,
                     )
-        by = [part.strip() for part in (query.by or "team,model").split(",") if part.strip()]
+        usual = "team,app" if kind == "cache" else "team,model"
+        by = [part.strip() for part in (query.by or usual).split(",") if part.strip()]
         text = administration.report(kind, by, query.since, query.until, query.format)
         media = "text/csv; charset=utf-8" if query.format == "csv" else "application/json"
         return Response(text, media_type=media)
+
+    @app.get("/admin/cache", response_model=CacheShown)
+    async def cache(query: Annotated[NoQuery, Query()]) -> Any:
+        """What is stored, and what of it may no longer be served."""
+        return await administration.cache()
+
+    @app.post("/admin/cache/invalidations", status_code=201, response_model=InvalidationShown)
+    def invalidate(wanted: NewInvalidation) -> Any:
+        """Takes stored answers back. This worker holds to it at once, the others within 5 seconds."""
+        return administration.invalidate(wanted.kind, wanted.value, wanted.reason)
 
     @app.get("/admin/requests/{id}", response_class=Response)
     def request(id: str) -> Response:
