@@ -56,6 +56,8 @@ QUEUE = 8
 """Look-ups that wait for the transformer at most; beyond that there is no semantic answer."""
 ASIDE = 64
 """Look-ups beside calls at most."""
+MEASURING, SAVED_UP = 0.03, 1.0
+"""Share of a core that look-ups beside calls may take, and the seconds of it that a quiet time saves up."""
 KEPT = 256
 """Answers that wait to be stored at most."""
 MAX_COMPARED = 32 * 1024
@@ -101,6 +103,24 @@ class Inquiry:
     look_up: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
+class Effort:
+    """What look-ups that only measure may still spend, in seconds (a token bucket). What they skip when it is used
+    up does not depend on what they would have found.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._left = SAVED_UP
+        self._at = now
+
+    def left(self, now: float) -> bool:
+        self._left = min(SAVED_UP, self._left + MEASURING * (now - self._at))
+        self._at = now
+        return self._left > 0
+
+    def spend(self, seconds: float) -> None:
+        self._left -= seconds
+
+
 class SemanticCache(Protocol):
     async def find(self, exchange: Exchange) -> Found | None:
         """A stored answer that may be served for this request, or None. Never raises."""
@@ -143,6 +163,7 @@ class LikenessCache:
         self._draw = draw
         self._waiting = 0
         self._load_asked = False
+        self._effort = Effort(clock.monotonic())
         self._nothing = np.zeros(likeness.dimensions, dtype=np.float32)
         self._no_vector = bytes(2 * likeness.dimensions)
         self._loading: OrderedDict[str, asyncio.Task[bool]] = OrderedDict()
@@ -161,7 +182,7 @@ class LikenessCache:
                 return None
             self._state(exchange, inquiry)
             if not inquiry.serving:
-                if len(self._tasks) < ASIDE:
+                if len(self._tasks) < ASIDE and self._effort.left(began):
                     inquiry.look_up = asyncio.get_running_loop().create_task(self._measure(exchange, inquiry))
                     self._tasks.add(inquiry.look_up)
                     inquiry.look_up.add_done_callback(self._tasks.discard)
@@ -242,18 +263,23 @@ class LikenessCache:
         """A look-up beside the call to the model."""
         began = self._clock.monotonic()
         try:
-            outcome = await self._look(exchange, inquiry, None)
+            outcome = await self._look(exchange, inquiry, None, self._effort)
         except Exception:
             log.exception("the semantic cache failed for request %s", exchange.id)
             outcome = "error"
         self._telemetry.semantic(outcome, self._clock.monotonic() - began)
 
-    async def _look(self, exchange: Exchange, inquiry: Inquiry, patience: float | None) -> Outcome:
+    async def _look(
+        self, exchange: Exchange, inquiry: Inquiry, patience: float | None, effort: Effort | None = None
+    ) -> Outcome:
         """Sets what was found on the inquiry, served or not."""
         cache = exchange.policy.cache
         if not await self._loaded(inquiry.partition, patience):
             return "away"
+        began = self._clock.monotonic()
         near = self._near(exchange, inquiry)
+        if effort is not None:
+            effort.spend(self._clock.monotonic() - began)
         if not near:
             return "none"
         if self._waiting >= QUEUE:
@@ -270,7 +296,7 @@ class LikenessCache:
         try:
             ranking: Ranking = await asyncio.get_running_loop().run_in_executor(
                 self._executor,
-                lambda: self._likeness.rank(inquiry.text, stored, max_error, LEAST if certified else None),
+                lambda: self._rank(inquiry.text, stored, max_error, LEAST if certified else None, effort),
             )
         finally:
             self._waiting -= 1
@@ -307,6 +333,16 @@ class LikenessCache:
             )
             return "hit" if serves else "would_serve" if would_serve else "below"
         return "refused" if ranking.refused else "none"
+
+    def _rank(
+        self, text: str, stored: list[Stored], max_error: float, least: float | None, effort: Effort | None
+    ) -> Ranking:
+        began = self._clock.monotonic()
+        try:
+            return self._likeness.rank(text, stored, max_error, least)
+        finally:
+            if effort is not None:
+                effort.spend(self._clock.monotonic() - began)
 
     async def _loaded(self, partition: str, patience: float | None) -> bool:
         """Whether this worker knows the partition's entries, after `patience` seconds at most (None: the store's)."""
@@ -394,14 +430,19 @@ class LikenessCache:
             stream=record.streamed,
             body_bytes=len(body),
         )
-        older = self._same_prompt(entry, sketch)
+        older = self._same_prompt(exchange, inquiry, entry, sketch)
         self._store.put(entry, body, cache.quota)
         for entry_id in older:
             with suppress(UnavailableError):
                 await self._store.remove(entry.partition, entry_id)
 
-    def _same_prompt(self, entry: SemanticEntry, sketch: Vector) -> list[str]:
+    def _same_prompt(
+        self, exchange: Exchange, inquiry: Inquiry, entry: SemanticEntry, sketch: Vector
+    ) -> list[str]:
         """Earlier answers to the very same prompt, which this one replaces."""
+        if exchange.wishes.read_cache:
+            known = inquiry.found.entry if inquiry.found is not None else None
+            return [known.id] if known is not None and known.prompt == entry.prompt else []
         near = self._index.near(entry.partition, sketch, floor=ALIKE)
         found = self._index.best(entry.partition, near, self._nothing, len(near))
         return [one.id for one, _ in found if one.prompt == entry.prompt and one.id != entry.id]
