@@ -60,6 +60,8 @@ MEASURING, SAVED_UP = 0.03, 1.0
 """Share of a core that look-ups beside calls may take, and the seconds of it that a quiet time saves up."""
 KEPT = 256
 """Answers that wait to be stored at most."""
+MAX_BODY = 1024 * 1024
+"""Bytes of an answer that is kept at most."""
 MAX_COMPARED = 32 * 1024
 """Bytes of a stored answer that is compared without a judge at most."""
 ALIKE = 0.995
@@ -87,6 +89,7 @@ class Inquiry:
 
     `judge` compares answers in this scope, None: agreement does. `serving`: the scope's state before the request;
     `threshold` certified for it, `propensity` with which its candidate is checked, `checked` whether it is drawn.
+    `doubts`: in words, why the nearest stored answer was not given where one might have been.
     """
 
     text: str
@@ -99,6 +102,7 @@ class Inquiry:
     propensity: float = 0.0
     checked: bool = False
     found: Found | None = None
+    doubts: tuple[str, ...] = ()
     sketch: Vector | None = None
     look_up: asyncio.Task[None] | None = field(default=None, repr=False)
 
@@ -218,7 +222,9 @@ class LikenessCache:
 
     def keep(self, exchange: Exchange, record: RequestRecord, body: bytes, draw: float) -> None:
         served = worth_keeping(exchange, record)
-        if exchange.inquiry is None or served is None or len(self._kept) >= KEPT:
+        if exchange.inquiry is None or served is None:
+            return
+        if len(self._kept) >= KEPT or len(body) > MAX_BODY:
             return
         self._kept.append((exchange, record, served, body, draw))
         if self._keeper is None or self._keeper.done():
@@ -332,6 +338,8 @@ class LikenessCache:
                 comparable,
             )
             return "hit" if serves else "would_serve" if would_serve else "below"
+        if inquiry.serving:
+            inquiry.doubts = ranking.doubts
         return "refused" if ranking.refused else "none"
 
     def _rank(
