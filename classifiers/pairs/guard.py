@@ -27,6 +27,22 @@ REASONS = (
     "person",
     "rest",
 )
+WORDS = {
+    "number": "another number",
+    "number_alone": "a number that only one has",
+    "date": "another date",
+    "date_alone": "a date that only one has",
+    "unit": "another unit",
+    "name": "another name",
+    "negation": "only one is negated",
+    "opposite": "the opposite is asked",
+    "scope": "another scope",
+    "order": "the order is turned around",
+    "format": "another format",
+    "person": "somebody else's matter",
+    "rest": "the end differs",
+}
+"""What each reason says of two prompts."""
 
 TOKEN = re.compile(
     r"\d{1,2}:\d{2}(?::\d{2})?|\d{4}-\d{2}-\d{2}|\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)?|[%$€£¥°#+*/=<>^@&|~\\-]"

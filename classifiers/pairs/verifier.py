@@ -175,6 +175,10 @@ class Verifier:
                 self._read.popitem(last=False)
         return found
 
+    def reasons(self, prompt: str, other: str) -> tuple[str, ...]:
+        """Say what the guard finds between two prompts (see `guard.REASONS`)."""
+        return guard.reasons(self.read(prompt).reading, self.read(other).reading)
+
     def ceilings(self, prompt: str, candidates: Sequence[tuple[str, float]]) -> list[float | None]:
         """Say how probable each candidate may turn out at most, before the cache's encoder is asked.
 

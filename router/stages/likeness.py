@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from classifiers.classifier import Classifier
 from classifiers.encoder import DATA_DIRECTORY
+from classifiers.pairs import guard
 from classifiers.pairs.verifier import Verifier
 
 Vector = NDArray[np.float32]
@@ -48,12 +49,13 @@ class Judged:
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """What may answer, the most probable first. `threshold`: the shipped one at the user's `max_error`; `refused`:
-    stored prompts that the guard refused.
+    stored prompts that the guard refused; `doubts`: where none may answer, what speaks against the nearest, in words.
     """
 
     judged: tuple[Judged, ...]
     threshold: float
     refused: int
+    doubts: tuple[str, ...] = ()
 
 
 class Likeness(Protocol):
@@ -149,7 +151,7 @@ class ShippedLikeness:
         ]
         chosen = [-at for _, at in sorted(reach, reverse=True)[:JUDGED]]
         if not chosen:
-            return Ranking((), threshold, refused)
+            return Ranking((), threshold, refused, self._doubts(text, stored))
         mine = self.vector(text)
         cosines = [float(mine @ self._vector_of(stored[at])) for at in chosen]
         opinions = verifier.opinions(
@@ -161,7 +163,13 @@ class ShippedLikeness:
             if not opinion.refused and opinion.probability >= floor
         ]
         judged.sort(key=lambda one: (-one.probability, -one.similarity))
-        return Ranking(tuple(judged), threshold, refused)
+        return Ranking(tuple(judged), threshold, refused, () if judged else self._doubts(text, stored))
+
+    def _doubts(self, text: str, stored: Sequence[Stored]) -> tuple[str, ...]:
+        if not stored:
+            return ()
+        found = self.verifier.reasons(text, max(stored, key=lambda one: one.near).prompt)
+        return tuple(guard.WORDS[reason] for reason in found) or ("not sure enough",)
 
     def _vector_of(self, stored: Stored) -> Vector:
         vector = np.frombuffer(stored.vector, dtype="<f2").astype(np.float32)

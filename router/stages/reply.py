@@ -88,6 +88,8 @@ def _why(exchange: Exchange, model: str) -> str:
         words = [f"{model} ({plan.reason.replace('_', ' ')})"]
     if exchange.escalated is None and model != plan.models[0]:
         words.append(f"after {plan.models[0]} failed")
+    if exchange.inquiry is not None and exchange.inquiry.doubts:
+        words.append(f"nearest stored answer refused: {', '.join(exchange.inquiry.doubts)}")
     if verdict is not None:
         words.append(f"{verdict.prompt_class}: {verdict.reason}")
     words.extend(plan.notes)

@@ -143,6 +143,7 @@ def test_other_words_get_the_stored_answer_and_a_trap_does_not(semantic: Gateway
 
     trap = ask(semantic, "search", TRAP)
     assert outcome(trap) == "miss"
+    assert "; nearest stored answer refused: not sure enough; " in trap.headers["x-farthing-decision"]
     assert {call["request_id"] for call in provider.log()} == {
         paid["id"],
         trap.headers["x-request-id"],
