@@ -564,6 +564,8 @@ def _request_lines(found: Mapping[str, Any]) -> Iterable[str]:
         yield "Class      none: nothing was classified"
     entry = f", entry {decision['cache_entry']}" if decision["cache_entry"] else ""
     yield f"Cache      {decision['cache']}{entry}"
+    if decision["likeness"]:
+        yield f"Likeness   {_likeness(decision['likeness'])}"
     yield f"Policy     {decision['policy_hash']}{_under(decision['exceptions'])}"
     budgets = [f"{entry['budget']} {entry['period']}" for entry in found["budgets"]]
     yield f"Budgets    {', '.join(budgets) or 'none'}"
@@ -648,6 +650,15 @@ def _or_dash(value: object) -> str:
 
 def _tags(tags: Mapping[str, Iterable[str]]) -> str:
     return ", ".join(f"{key}={'+'.join(values)}" for key, values in sorted(tags.items())) or "none"
+
+
+def _likeness(found: Mapping[str, Any]) -> str:
+    """What the semantic cache found, and why it was served or not."""
+    threshold = found["threshold"]
+    needed = "nothing is certified yet" if threshold is None else f"served from {threshold:.3f}"
+    said = "served" if found["served"] else f"not served, mode {found['mode']}"
+    reasons = f"; {_text(', '.join(found['reasons']))}" if found["reasons"] else ""
+    return f"entry {found['entry']} is right with probability {found['probability']:.3f} ({needed}): {said}{reasons}"
 
 
 def _under(exceptions: Sequence[str]) -> str:

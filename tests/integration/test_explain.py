@@ -21,7 +21,7 @@ from router.core.errors import ConfigurationError, ModelNotFound, UnavailableErr
 from router.core.types import RequestRecord, Usage
 from router.explain import explain_prompt, explain_request
 from router.settings import Settings, read_settings
-from tests.contracts.ledger_records import OPENED, new_id, opened, settled
+from tests.contracts.ledger_records import OPENED, candidate, new_id, opened, settled
 from tests.values import replace
 
 pytest_plugins = ["tests.contracts.sql_databases"]
@@ -246,6 +246,30 @@ def test_a_booked_request(engine: Engine, tmp_path: Path) -> None:
         assert f"{amount:.9f}" in text
     assert re.search(r"frontier +dearer", text)
     assert "answered by mini" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "probability 0.900 (served from 0.850): not served, mode shadow"),
+        ({"threshold": 1.01, "mode": "certified"}, "(nothing is certified yet): not served, mode certified"),
+        (
+            {"threshold": 0.95, "reasons": ("names differ",)},
+            "(served from 0.950): not served, mode shadow; names differ",
+        ),
+    ],
+)
+def test_what_the_semantic_cache_found_is_told(
+    engine: Engine, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    record = book(engine, replace(settled(new_id()), candidate=candidate(**changes)))
+    assert says in explain_request(engine, tmp_path, record, json_form=False)
+    found = read(engine, tmp_path, record)["decision"]["likeness"]
+    assert (found["entry"], found["scope"], found["served"]) == ("entry-1", "scope-1", False)
+    assert found["would_save_usd"] == Decimal("0.00004")
+    assert (found["threshold"] is None) == (changes.get("threshold") == 1.01)
+    plain = book(engine, settled(new_id()))
+    assert read(engine, tmp_path, plain)["decision"]["likeness"] is None
 
 
 def test_an_unpriced_request_has_no_made_up_figures(engine: Engine, tmp_path: Path) -> None:

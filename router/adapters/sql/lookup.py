@@ -19,7 +19,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from router.adapters.journal import SETTLE, JournalReader, journal_folders
 from router.adapters.sql.database import one_snapshot, unavailable
 from router.adapters.sql.reports import Usd
-from router.adapters.sql.schema import adjustments, attempts, cost_lines, price_records, requests
+from router.adapters.sql.schema import (
+    adjustments,
+    attempts,
+    cache_candidates,
+    cost_lines,
+    price_records,
+    requests,
+)
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.types import BUCKETS
 from router.stages.exchange import ASIDE
@@ -94,7 +101,12 @@ def _read(engine: Engine, request_id: str) -> dict[str, Any] | None:
                 .where(adjustments.c.request_id == request_id)
                 .order_by(adjustments.c.created_at)
             )
-            return _described(row, _attempts(connection, request_id), corrections.mappings().all())
+            found = connection.execute(
+                sa.select(cache_candidates).where(cache_candidates.c.request_id == request_id)
+            )
+            candidate = found.mappings().first()
+            tried = _attempts(connection, request_id)
+            return _described(row, tried, corrections.mappings().all(), candidate)
     except SQLAlchemyError as error:
         raise unavailable(error) from None
 
@@ -158,7 +170,10 @@ def _attempts(connection: Connection, request_id: str) -> list[dict[str, Any]]:
 
 
 def _described(
-    row: RowMapping, tried: list[dict[str, Any]], corrections: Sequence[RowMapping]
+    row: RowMapping,
+    tried: list[dict[str, Any]],
+    corrections: Sequence[RowMapping],
+    candidate: RowMapping | None,
 ) -> dict[str, Any]:
     cost, baseline = row["cost"], row["baseline"]
     saved = baseline - cost if cost is not None and baseline is not None else None
@@ -195,6 +210,7 @@ def _described(
             "dropped": msgspec.json.decode(row["dropped"]),
             "cache": row["cache"],
             "cache_entry": row["cache_entry"],
+            "likeness": None if candidate is None else _likeness(candidate),
             "policy_hash": row["policy_hash"],
             "exceptions": msgspec.json.decode(row["exceptions"]),
         },
@@ -224,6 +240,23 @@ def _described(
             "overhead_usd": _usd(row["overhead"]),
             "potential_usd": _usd(row["potential_savings"]),
         },
+    }
+
+
+def _likeness(candidate: RowMapping) -> dict[str, Any]:
+    """What the semantic cache found; its `threshold` is None where no probability would have been enough."""
+    threshold = candidate["threshold"]
+    return {
+        "entry": candidate["entry"],
+        "scope": candidate["scope"],
+        "mode": candidate["mode"],
+        "similarity": candidate["similarity"],
+        "probability": candidate["probability"],
+        "threshold": threshold if threshold <= 1 else None,
+        "served": candidate["served"],
+        "would_serve": candidate["would_serve"],
+        "would_save_usd": _usd(candidate["saved"]),
+        "reasons": msgspec.json.decode(candidate["reasons"]),
     }
 
 
