@@ -119,7 +119,10 @@ class Opinion:
 
 
 class Verifier:
-    """Judges candidates. Immutable but for a bounded memory of prompts read; safe to share between threads."""
+    """Judges candidates. Immutable but for a bounded memory of prompts read; safe to share between threads.
+
+    What it remembers of a prompt is the `owner`'s alone: nobody's request is quicker because of what others asked.
+    """
 
     def __init__(self, artefact: Artefact, pairs: features.PairFeatures, *, remembered: int = 1024) -> None:
         metadata, arrays = artefact.metadata, artefact.arrays
@@ -146,7 +149,7 @@ class Verifier:
         ]
         self._thresholds: dict[float, float] = {}
         self._remembered = remembered
-        self._read: OrderedDict[str, features.ReadPrompt] = OrderedDict()
+        self._read: OrderedDict[tuple[str, str], features.ReadPrompt] = OrderedDict()
         self._reading = threading.Lock()
 
     @classmethod
@@ -161,33 +164,36 @@ class Verifier:
             raise ArtefactError("verifier.json was made with other word vectors: train it again")
         return cls(artefact, features.PairFeatures(Lexicon.load(directory), static))
 
-    def read(self, prompt: str) -> features.ReadPrompt:
+    def read(self, prompt: str, owner: str = "") -> features.ReadPrompt:
         """Read a prompt, or take it from the memory of the last thousand."""
+        key = (owner, prompt)
         with self._reading:
-            found = self._read.get(prompt)
+            found = self._read.get(key)
             if found is not None:
-                self._read.move_to_end(prompt)
+                self._read.move_to_end(key)
                 return found
         found = self._pairs.read(prompt)
         with self._reading:
-            self._read[prompt] = found
+            self._read[key] = found
             while len(self._read) > self._remembered:
                 self._read.popitem(last=False)
         return found
 
-    def reasons(self, prompt: str, other: str) -> tuple[str, ...]:
+    def reasons(self, prompt: str, other: str, owner: str = "") -> tuple[str, ...]:
         """Say what the guard finds between two prompts (see `guard.REASONS`)."""
-        return guard.reasons(self.read(prompt).reading, self.read(other).reading)
+        return guard.reasons(self.read(prompt, owner).reading, self.read(other, owner).reading)
 
-    def ceilings(self, prompt: str, candidates: Sequence[tuple[str, float]]) -> list[float | None]:
+    def ceilings(
+        self, prompt: str, candidates: Sequence[tuple[str, float]], owner: str = ""
+    ) -> list[float | None]:
         """Say how probable each candidate may turn out at most, before the cache's encoder is asked.
 
         A candidate is a stored prompt and its cosine to `prompt` by the static encoder. None: the guard refuses it.
         """
-        mine = self.read(prompt)
+        mine = self.read(prompt, owner)
         result: list[float | None] = []
         for text, static in candidates:
-            other = self.read(text)
+            other = self.read(text, owner)
             if not REFUSING.isdisjoint(guard.reasons(mine.reading, other.reading)):
                 result.append(None)
                 continue
@@ -197,10 +203,12 @@ class Verifier:
             result.append(max(self.calibrated(self._trees.scores(table))))
         return result
 
-    def opinions(self, prompt: str, candidates: Sequence[tuple[str, float]]) -> list[Opinion]:
+    def opinions(
+        self, prompt: str, candidates: Sequence[tuple[str, float]], owner: str = ""
+    ) -> list[Opinion]:
         """Judge candidates, each a stored prompt and its cosine to `prompt` by the cache's encoder."""
-        mine = self.read(prompt)
-        others = [self.read(text) for text, _ in candidates]
+        mine = self.read(prompt, owner)
+        others = [self.read(text, owner) for text, _ in candidates]
         reasons = [guard.reasons(mine.reading, other.reading) for other in others]
         refused = [not REFUSING.isdisjoint(found) for found in reasons]
         # A refused candidate needs no probability.

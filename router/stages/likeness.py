@@ -20,7 +20,7 @@ from classifiers.pairs.verifier import Verifier
 Vector = NDArray[np.float32]
 
 REMEMBERED = 2_000
-"""Vectors of the transformer remembered, by text; 1.5 kB each."""
+"""Vectors of the transformer remembered, by owner and text; 1.5 kB each."""
 JUDGED = 4
 """Stored prompts for which the transformer is asked, at most."""
 
@@ -60,7 +60,8 @@ class Ranking:
 
 class Likeness(Protocol):
     """`id` changes with each of its parts. `sketch` is quick; the others take milliseconds and may be called from
-    other threads.
+    other threads. `owner`: whose text it is. What is remembered of a text makes nobody else's request quicker: the
+    time it takes would tell what others ask.
     """
 
     @property
@@ -78,12 +79,17 @@ class Likeness(Protocol):
 
     def sketch(self, text: str) -> Vector: ...
 
-    def vector(self, text: str) -> Vector: ...
+    def vector(self, text: str, owner: str = "") -> Vector: ...
 
     def threshold(self, max_error: float) -> float: ...
 
     def rank(
-        self, text: str, stored: Sequence[Stored], max_error: float, least: float | None = None
+        self,
+        text: str,
+        stored: Sequence[Stored],
+        max_error: float,
+        least: float | None = None,
+        owner: str = "",
     ) -> Ranking:
         """Those at least as probable as `least` (None: as the shipped threshold)."""
         ...
@@ -103,11 +109,11 @@ class ShippedLikeness:
         self.ready = False
         self._lock = threading.Lock()
         self._verifier: Verifier | None = None
-        self._vectors: OrderedDict[str, Vector] = OrderedDict()
+        self._vectors: OrderedDict[tuple[str, str], Vector] = OrderedDict()
 
     def load(self) -> None:
         """Loads all that a look-up needs. Takes up to a second."""
-        self.rank("How are you?", [Stored("how are you doing?", 0.9, b"")], 0.05, 0.0)
+        self.rank("How are you?", [Stored("how are you doing?", 0.9, b"")], 0.05, 0.0, owner="")
         self.ready = True
 
     @property
@@ -121,15 +127,16 @@ class ShippedLikeness:
         sketch: Vector = self._static.encode((text,))[0]
         return sketch
 
-    def vector(self, text: str) -> Vector:
+    def vector(self, text: str, owner: str = "") -> Vector:
+        key = (owner, text)
         with self._lock:
-            found = self._vectors.get(text)
+            found = self._vectors.get(key)
             if found is not None:
-                self._vectors.move_to_end(text)
+                self._vectors.move_to_end(key)
                 return found
         made: Vector = self._classifier.minilm.encode((text,))[0]
         with self._lock:
-            self._vectors[text] = made
+            self._vectors[key] = made
             if len(self._vectors) > REMEMBERED:
                 self._vectors.popitem(last=False)
         return made
@@ -138,12 +145,17 @@ class ShippedLikeness:
         return self.verifier.threshold(max_error)
 
     def rank(
-        self, text: str, stored: Sequence[Stored], max_error: float, least: float | None = None
+        self,
+        text: str,
+        stored: Sequence[Stored],
+        max_error: float,
+        least: float | None = None,
+        owner: str = "",
     ) -> Ranking:
         verifier = self.verifier
         threshold = verifier.threshold(max_error)
         floor = threshold if least is None else least
-        ceilings = verifier.ceilings(text, [(one.prompt, one.near) for one in stored])
+        ceilings = verifier.ceilings(text, [(one.prompt, one.near) for one in stored], owner)
         refused = sum(ceiling is None for ceiling in ceilings)
         # The transformer is asked only where its answer could make the candidate one.
         reach = [
@@ -151,11 +163,11 @@ class ShippedLikeness:
         ]
         chosen = [-at for _, at in sorted(reach, reverse=True)[:JUDGED]]
         if not chosen:
-            return Ranking((), threshold, refused, self._doubts(text, stored))
-        mine = self.vector(text)
-        cosines = [float(mine @ self._vector_of(stored[at])) for at in chosen]
+            return Ranking((), threshold, refused, self._doubts(text, stored, owner))
+        mine = self.vector(text, owner)
+        cosines = [float(mine @ self._vector_of(stored[at], owner)) for at in chosen]
         opinions = verifier.opinions(
-            text, [(stored[at].prompt, c) for at, c in zip(chosen, cosines, strict=True)]
+            text, [(stored[at].prompt, c) for at, c in zip(chosen, cosines, strict=True)], owner
         )
         judged = [
             Judged(at, cosine, opinion.probability, opinion.reasons)
@@ -163,16 +175,16 @@ class ShippedLikeness:
             if not opinion.refused and opinion.probability >= floor
         ]
         judged.sort(key=lambda one: (-one.probability, -one.similarity))
-        return Ranking(tuple(judged), threshold, refused, () if judged else self._doubts(text, stored))
+        return Ranking(tuple(judged), threshold, refused, () if judged else self._doubts(text, stored, owner))
 
-    def _doubts(self, text: str, stored: Sequence[Stored]) -> tuple[str, ...]:
+    def _doubts(self, text: str, stored: Sequence[Stored], owner: str) -> tuple[str, ...]:
         if not stored:
             return ()
-        found = self.verifier.reasons(text, max(stored, key=lambda one: one.near).prompt)
+        found = self.verifier.reasons(text, max(stored, key=lambda one: one.near).prompt, owner)
         return tuple(guard.WORDS[reason] for reason in found) or ("not sure enough",)
 
-    def _vector_of(self, stored: Stored) -> Vector:
+    def _vector_of(self, stored: Stored, owner: str) -> Vector:
         vector = np.frombuffer(stored.vector, dtype="<f2").astype(np.float32)
         if vector.size == self.dimensions and vector.any():
             return vector
-        return self.vector(stored.prompt)
+        return self.vector(stored.prompt, owner)

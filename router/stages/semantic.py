@@ -302,7 +302,7 @@ class LikenessCache:
         try:
             ranking: Ranking = await asyncio.get_running_loop().run_in_executor(
                 self._executor,
-                lambda: self._rank(inquiry.text, stored, max_error, LEAST if certified else None, effort),
+                lambda: self._rank(inquiry, stored, max_error, LEAST if certified else None, effort),
             )
         finally:
             self._waiting -= 1
@@ -343,11 +343,16 @@ class LikenessCache:
         return "refused" if ranking.refused else "none"
 
     def _rank(
-        self, text: str, stored: list[Stored], max_error: float, least: float | None, effort: Effort | None
+        self,
+        inquiry: Inquiry,
+        stored: list[Stored],
+        max_error: float,
+        least: float | None,
+        effort: Effort | None,
     ) -> Ranking:
         began = self._clock.monotonic()
         try:
-            return self._likeness.rank(text, stored, max_error, least)
+            return self._likeness.rank(inquiry.text, stored, max_error, least, inquiry.partition)
         finally:
             if effort is not None:
                 effort.spend(self._clock.monotonic() - began)
@@ -415,7 +420,7 @@ class LikenessCache:
         vector = self._no_vector
         if cache.semantic in ("enforce", "certified"):
             made = await asyncio.get_running_loop().run_in_executor(
-                self._executor, self._likeness.vector, inquiry.text
+                self._executor, self._likeness.vector, inquiry.text, inquiry.partition
             )
             vector = made.astype("<f2").tobytes()
         stored_at = exchange.opened_at.timestamp()

@@ -71,7 +71,7 @@ class PlainLikeness:
         self.sketched.append(text)
         return bag(text, 256)
 
-    def vector(self, text: str) -> Vector:
+    def vector(self, text: str, owner: str = "") -> Vector:
         self.made.append(text)
         return bag(text, 384)
 
@@ -79,7 +79,12 @@ class PlainLikeness:
         return 0.8
 
     def rank(
-        self, text: str, stored: Sequence[Stored], max_error: float, least: float | None = None
+        self,
+        text: str,
+        stored: Sequence[Stored],
+        max_error: float,
+        least: float | None = None,
+        owner: str = "",
     ) -> Ranking:
         time.sleep(self.slow)
         self.ranked.append(text)

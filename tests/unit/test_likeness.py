@@ -82,6 +82,9 @@ def test_the_transformer_is_asked_only_where_it_matters(
     zeros = bytes(2 * shipped.dimensions)
     again = shipped.rank(mine, [stored(shipped, mine, other, zeros)], 0.05)
     assert asked == [mine, other], "and is read where it brought none"
+    shipped.rank(mine, [stored(shipped, mine, other, made)], 0.05, owner="another tenant")
+    shipped.vector(other, "another tenant")
+    assert asked == [mine, other] * 2, "what others asked makes nothing quicker"
     assert again.judged[0].probability == pytest.approx(first.judged[0].probability, abs=0.02)
 
 

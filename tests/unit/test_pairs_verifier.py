@@ -154,6 +154,7 @@ def test_reading_is_remembered_within_bounds(static: StaticEncoder, lexicon: Lex
     small = Verifier(artefact, features.PairFeatures(lexicon, static), remembered=3)
     first = small.read("one")
     assert small.read("one") is first
+    assert small.read("one", "another tenant") is not first
     for text in ("two", "three", "four"):
         small.read(text)
     assert small.read("one") is not first
