@@ -1,6 +1,6 @@
 """The way of one request, from top to bottom.
 
-    admit -> normalise -> exact cache -> classify -> semantic cache -> decide -> reserve -> dispatch -> settle
+    admit -> normalise -> exact cache -> semantic cache -> classify -> decide -> reserve -> dispatch -> settle
 
 `Pipeline.answer` is a context manager that the HTTP response owns: however the response ends, leaving the
 context settles the request. A call to a provider is a task of its own (a flight), which identical requests
@@ -165,7 +165,9 @@ class Pipeline:
         self.learn.note_prompt(exchange)
         if len(policy.allow) > 1 and (exchange.reference is None or policy.substitute):
             exchange.verdict = await self.classify.verdict(
-                exchange.request.prompt, lambda verdict: self.decide.could_change(exchange, verdict)
+                exchange.caller.team,
+                exchange.request.prompt,
+                lambda verdict: self.decide.could_change(exchange, verdict),
             )
         elif policy.advise and self.draw() < policy.advise:
             exchange.advice = self.classify.aside(exchange.request.prompt)

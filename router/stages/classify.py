@@ -11,7 +11,7 @@ from hashlib import blake2b
 from classifiers.classifier import Classifier, Verdict
 
 MEMORY = 10_000
-"""Verdicts remembered, by a hash of the text."""
+"""Verdicts remembered, by a hash of the text and whose it is: time must not tell what others ask."""
 
 
 class Classify:
@@ -26,9 +26,9 @@ class Classify:
         self._waiting = 0
         self._known: OrderedDict[bytes, tuple[Verdict, bool]] = OrderedDict()
 
-    async def verdict(self, text: str, could_change: Callable[[Verdict], bool]) -> Verdict:
+    async def verdict(self, owner: str, text: str, could_change: Callable[[Verdict], bool]) -> Verdict:
         """`could_change` says of the static verdict whether another one would lead to another model."""
-        key = blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+        key = blake2b(f"{owner}\0{text}".encode("utf-8", "replace"), digest_size=16).digest()
         known = self._known.get(key)
         if known is not None:
             self._known.move_to_end(key)

@@ -48,7 +48,7 @@ teams:
 
 
 class _SameVerdict:
-    async def verdict(self, text: str, could_change: Callable[[Verdict], bool]) -> Verdict:
+    async def verdict(self, owner: str, text: str, could_change: Callable[[Verdict], bool]) -> Verdict:
         return Verdict("medium", 0.5, 0.9, 100, "a test", "static", "none")
 
 
