@@ -8,7 +8,6 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -29,6 +28,7 @@ from router.cli import main
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.types import Caller, RequestRecord
 from tests.contracts.ledger_records import cache_labelled, candidate, hit, new_id, settled
+from tests.values import replace
 
 pytest_plugins = ["tests.contracts.sql_databases"]
 
