@@ -5,11 +5,13 @@ do right now. It reads no clock, no socket and no global.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
+
+from msgspec import Struct
 
 from router.core.learning import Estimate, Floor
 from router.core.policy import ClassRequirement, EffectivePolicy, ModelSpec
@@ -29,8 +31,7 @@ _UNKNOWN = LiveStatus()
 _CLASS_CENTRES: tuple[tuple[str, float], ...] = (("simple", 1 / 6), ("medium", 1 / 2), ("complex", 5 / 6))
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(Struct, frozen=True):
     """What decide needs to know of a request. `prompt_class` is None where nothing was classified.
 
     `reference` is the configured model the app asked for by name; None for `auto`. `input_tokens` and
@@ -51,8 +52,7 @@ class Question:
     max_cost: NanoUSD | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """A model that passed the hard constraints. `expected_cost` is what routing compares (marginal);
     `success` the predicted probability of a good answer, None without a prior; `estimate` what it was learned from.
     """
@@ -79,8 +79,7 @@ class Candidate:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """Models to try in order (the first is the choice), why that one, and why not each other one.
 
     `propensity` is the probability with which the first model was taken, for off-policy evaluation. `unproven`: the
@@ -92,7 +91,7 @@ class Plan:
     dropped: Mapping[str, str]
     candidates: tuple[Candidate, ...] = ()
     propensity: float = 1.0
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     unproven: tuple[str, ...] = ()
 
 

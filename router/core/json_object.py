@@ -34,6 +34,7 @@ def _reject_constant(name: str) -> NoReturn:
 # The C scanner json itself uses: (text, index after the quote, strict) -> (string, index after it).
 scanstring: Callable[[str, int, bool], tuple[str, int]] = decoder.scanstring  # type: ignore[attr-defined]
 _decoder = json.JSONDecoder(parse_constant=_reject_constant)
+_written = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def parse_object(raw: bytes) -> JsonObject:
@@ -142,13 +143,13 @@ def edit(
     for name, value in changes.items():
         if name in spans:
             start, end = spans[name]
-            pieces.append((start, end, json.dumps(value, ensure_ascii=False)))
+            pieces.append((start, end, _written(value)))
         else:
-            added.append(f"{json.dumps(name)}:{json.dumps(value, ensure_ascii=False)}")
+            added.append(f"{_written(name)}:{_written(value)}")
     for old, new in renames.items():
         if old in spans:
             start, end = _name_span(text, spans, old)
-            pieces.append((start, end, json.dumps(new)))
+            pieces.append((start, end, _written(new)))
     result = _splice(text, pieces)
     if added:
         close = result.rindex("}")

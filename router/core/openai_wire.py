@@ -12,11 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from router.core.sse import MAX_FRAME, FrameSplitter, data_of, event_of, is_comment
 from router.core.types import Usage
 
 MAX_TOKENS_REPORTED = 10**9
 """A count above this is a provider's mistake; it would overflow a ledger row."""
+
+_decoder = msgspec.json.Decoder()
 
 DONE_FRAME = b"data: [DONE]\n\n"
 
@@ -322,9 +326,12 @@ def _word(value: object) -> str | None:
 
 def _object(data: bytes) -> dict[str, Any] | None:
     try:
-        value = json.loads(data)
+        value = _decoder.decode(data)
     except (ValueError, RecursionError):
-        return None
+        try:
+            value = json.loads(data)  # takes more than JSON, and so do clients: NaN, half a surrogate pair
+        except (ValueError, RecursionError):
+            return None
     return value if isinstance(value, dict) else None
 
 

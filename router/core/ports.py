@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+from msgspec import Struct
+
 from router.core.policy import BudgetLimit, EffectivePolicy, LearnPolicy, ModelSpec, ProviderSpec
 from router.core.types import (
     AttemptRecord,
@@ -69,8 +71,7 @@ class Snapshot(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamCall:
+class UpstreamCall(Struct, frozen=True):
     """One call to a provider. `path` is relative to the provider's base URL; `body` is what is sent as it is."""
 
     provider: ProviderSpec
@@ -105,16 +106,14 @@ class Upstream(Protocol):
     async def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class BudgetCharge:
+class BudgetCharge(Struct, frozen=True):
     """One window a reservation falls under. `cap` in nano-USD is the bound of this try; None: only counted."""
 
     window: BudgetWindow
     cap: NanoUSD | None
 
 
-@dataclass(frozen=True, slots=True)
-class BudgetReading:
+class BudgetReading(Struct, frozen=True):
     """What a window held when it was read."""
 
     window: BudgetWindow
@@ -122,13 +121,11 @@ class BudgetReading:
     held: NanoUSD
 
 
-@dataclass(frozen=True, slots=True)
-class Granted:
+class Granted(Struct, frozen=True):
     readings: tuple[BudgetReading, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Denied:
+class Denied(Struct, frozen=True):
     """`charge` is the first window that has no room. `only_held`: without the holds in flight it would fit."""
 
     charge: BudgetCharge

@@ -75,6 +75,11 @@ def price_usage(usage: Usage, price: PriceRecord) -> tuple[CostLine, ...]:
     return tuple(lines)
 
 
+def cost_of(usage: Usage, price: PriceRecord) -> NanoUSD:
+    """The total of the lines of `price_usage`."""
+    return NanoUSD(sum(divided(quantity * nano(price.unit_prices[b])) for b, quantity in usage.buckets()))
+
+
 def total(lines: Iterable[CostLine]) -> NanoUSD:
     return NanoUSD(sum(line.amount for line in lines))
 

@@ -122,8 +122,7 @@ class Caller:
     tags: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
+class ChatRequest(Struct, frozen=True):
     """A chat completion request, parsed once. `text` is the body as received; `spans` locates its top-level
     values as (start, end) offsets into `text`, so that an edit leaves every other byte alone.
     """

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from hashlib import sha256
+
+from msgspec import Struct
 
 from router.core.errors import InvalidRequest, NotAuthenticated, Overloaded, UnavailableError
 from router.core.ports import KeyDirectory
@@ -20,8 +21,7 @@ _TAG = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _PRINTABLE = re.compile(r"[\x21-\x7e]+")
 
 
-@dataclass(frozen=True, slots=True)
-class Wishes:
+class Wishes(Struct, frozen=True):
     """What a caller may tighten with headers, never loosen."""
 
     tags: Mapping[str, frozenset[str]]

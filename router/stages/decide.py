@@ -17,7 +17,7 @@ from router.core.health import Health
 from router.core.learning import Estimate, Floor, Learned
 from router.core.policy import EffectivePolicy
 from router.core.ports import Clock
-from router.core.pricing import price_usage, total
+from router.core.pricing import cost_of
 from router.core.types import PROMPT_CLASSES, NanoUSD, PromptClass
 from router.stages.exchange import Exchange, serving
 
@@ -144,7 +144,7 @@ class Decide:
         price = exchange.prices.get(other) if other is not None else None
         if price is None:
             return None
-        return NanoUSD(served.cost - total(price_usage(served.usage, price)))
+        return NanoUSD(served.cost - cost_of(served.usage, price))
 
 
 def _question(exchange: Exchange, verdict: Verdict | None) -> Question:

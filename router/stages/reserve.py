@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec import structs
 
 from router.core.decide import NoPlan, Plan
 from router.core.errors import BudgetExceeded, BudgetHeld, FarthingError, InvalidRequest, RequestError
@@ -69,7 +71,7 @@ class Reserve:
     async def _try(self, exchange: Exchange, plan: Plan, charges: Sequence[BudgetCharge]) -> _Hold | Denied:
         denied: Denied | None = None
         capped = any(charge.cap is not None for charge in charges)
-        dropped = dict(plan.dropped)
+        dropped: dict[str, str] = {}
         # A model asked for by name is not traded for its fallback because money is short.
         named = plan.reason == "named" and plan.models[0] == exchange.reference
         for index, name in enumerate(plan.models[:1] if named else plan.models):
@@ -81,7 +83,10 @@ class Reserve:
                 amount = NanoUSD(0)
             outcome = await self._budgets.reserve(exchange.id, charges, amount)
             if not isinstance(outcome, Denied):
-                return _Hold(replace(plan, models=plan.models[index:], dropped=dropped), amount)
+                if index:
+                    dropped = {**plan.dropped, **dropped}
+                    plan = structs.replace(plan, models=plan.models[index:], dropped=dropped)
+                return _Hold(plan, amount)
             dropped[name] = f"its worst case does not fit budget {outcome.charge.window.key}"
             if denied is None or outcome.only_held:
                 denied = outcome

@@ -11,7 +11,7 @@ from datetime import datetime
 from classifiers import prompt_features
 from router.core.errors import RequestError
 from router.core.ports import BudgetStore, Clock, Journal
-from router.core.pricing import price_usage, total
+from router.core.pricing import cost_of
 from router.core.types import Attempt, NanoUSD, OpenRecord, PriceRecord, RequestRecord, Usage
 from router.stages.exchange import Exchange, serving
 from router.stages.telemetry import Telemetry
@@ -167,7 +167,7 @@ class Settle:
 
 
 def _at_price(usage: Usage, price: PriceRecord | None) -> NanoUSD | None:
-    return total(price_usage(usage, price)) if price is not None else None
+    return cost_of(usage, price) if price is not None else None
 
 
 def _open_record(exchange: Exchange) -> OpenRecord:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from msgspec import structs
+
 from classifiers.encoder import Encoder
 from router.core.decide import NoPlan, Plan
 from router.core.errors import FarthingError, UpstreamError
@@ -220,15 +222,15 @@ class Shadows:
         ]
         question = origin.question
         if question is not None and endpoint == JUDGE_ENDPOINT:
-            question = replace(question, output_tokens=VERDICT_TOKENS // 8)
+            question = structs.replace(question, output_tokens=VERDICT_TOKENS // 8)
         return Exchange(
             id=self._identifiers.request_id(),
             endpoint=endpoint,
             opened_at=self._clock.now(),
             started=self._clock.monotonic(),
             caller=origin.caller,
-            wishes=replace(origin.wishes, caller_request_id=None, min_quality=None, max_cost=None),
-            request=replace(request, model=model),
+            wishes=structs.replace(origin.wishes, caller_request_id=None, min_quality=None, max_cost=None),
+            request=structs.replace(request, model=model),
             snapshot=origin.snapshot,
             policy=replace(origin.policy, budgets=tuple(limits)),
             reference=None,

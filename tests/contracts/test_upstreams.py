@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 
@@ -17,6 +17,7 @@ from router.core.openai_wire import StreamTap, complete_answer
 from router.core.policy import ModelSpec, ProviderSpec, Timeouts
 from router.core.ports import Upstream, UpstreamCall, UpstreamReply
 from router.simulate import Call, Running, SimulatedModel, application, serve
+from tests.values import replace
 
 KEY = "sk-provider-secret"
 CALLER_TEXT = "How long is a rope?"

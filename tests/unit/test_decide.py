@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from random import Random
@@ -18,6 +17,7 @@ from router.core.learning import Estimate, Floor
 from router.core.policy import CachePolicy, ClassRequirement, EffectivePolicy, ModelSpec
 from router.core.pricing import every_bucket
 from router.core.types import PROMPT_CLASSES, LiveStatus, NanoUSD, PriceRecord
+from tests.values import replace
 
 NO_PROBE = 0.5
 

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import json
 import random
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from router.stages import shadow
 from router.stages.exchange import Exchange
 from tests.unit.pipeline_parts import Script, eventually, failure
 from tests.unit.routed_parts import RoutedRig, policy, said, streamed
+from tests.values import replace
 
 CHEAP, STRONG, THIRD = (10 * bought + 2 * 4 * bought for bought in (1_000, 10_000, 2_000))
 

@@ -49,7 +49,7 @@ from router.core.types import (
 log = logging.getLogger(__name__)
 
 BATCH = 500
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.2
 ADOPT_SECONDS = 5.0
 SYNC_SECONDS = 1.0
 FIRST_BACKOFF, LAST_BACKOFF = 0.1, 5.0
