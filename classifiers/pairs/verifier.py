@@ -30,12 +30,11 @@ MISSING = -9.0
 REFUSING = frozenset(("number", "date", "order", "format", "rest"))
 # What `enforce` assumes: of three candidates one is a trap. A scope's own share is measured in `certified` mode.
 TRAP_SHARE = 1 / 3
-COSINE = features.names().index("cosine")
 # How high the cosine of two prompts by MiniLM gets at a cosine by the static encoder: no pair of 5,553 lies above by
 # more than 0.02 (docs/semantic-cache.md).
 STATIC, HIGHEST = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0.82, 0.82, 0.84, 0.9, 0.95, 0.975, 0.99, 1.0)
-# The trees do not rise everywhere with the cosine: these steps below the highest are looked at as well.
-STEPS = (0.0, 0.06, 0.2)
+# The trees do not rise everywhere with the cosine: so much more than at the highest a candidate may turn out.
+MARGIN = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,14 @@ class Trees:
     def scores(self, table: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the log-odds of every row of `table`, shape (rows, features)."""
         filled = np.nan_to_num(table, nan=MISSING)
+        if len(filled) > 3:
+            rows = np.arange(len(filled))[:, None]
+            nodes = np.broadcast_to(self.roots, (len(filled), len(self.roots)))
+            for _ in range(self.depth):
+                right = filled[rows, self.feature[nodes]] > self.threshold[nodes]
+                nodes = self.children[2 * nodes + right]
+            scores: NDArray[np.float64] = self.value[nodes].sum(axis=1) + np.float64(self.offset)
+            return scores
         result = np.empty(len(filled))
         for row, x in enumerate(filled):
             node = self.roots
@@ -191,16 +198,21 @@ class Verifier:
         A candidate is a stored prompt and its cosine to `prompt` by the static encoder. None: the guard refuses it.
         """
         mine = self.read(prompt, owner)
-        result: list[float | None] = []
-        for text, static in candidates:
-            other = self.read(text, owner)
-            if not REFUSING.isdisjoint(guard.reasons(mine.reading, other.reading)):
-                result.append(None)
-                continue
-            row = self._pairs.compare(mine, other, 1.0)
-            table = np.repeat(row[None], len(STEPS), axis=0)
-            table[:, COSINE] = float(np.interp(static, STATIC, HIGHEST)) - np.asarray(STEPS)
-            result.append(max(self.calibrated(self._trees.scores(table))))
+        others = [self.read(text, owner) for text, _ in candidates]
+        open_rows = [
+            at
+            for at, other in enumerate(others)
+            if REFUSING.isdisjoint(guard.reasons(mine.reading, other.reading))
+        ]
+        result: list[float | None] = [None] * len(others)
+        if open_rows:
+            highest = np.interp([candidates[at][1] for at in open_rows], STATIC, HIGHEST)
+            rows = [
+                self._pairs.compare(mine, others[at], float(cosine))
+                for at, cosine in zip(open_rows, highest, strict=True)
+            ]
+            for at, p in zip(open_rows, self.calibrated(self._trees.scores(np.stack(rows))), strict=True):
+                result[at] = min(1.0, p + MARGIN)
         return result
 
     def opinions(

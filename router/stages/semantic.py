@@ -44,7 +44,7 @@ FLOOR = 0.48
 """Cosine of two sketches below which the transformer is not asked. Of good pairs that the verifier would serve at
 5 % 99 % lie above (docs/semantic-cache.md).
 """
-NEAREST = 16
+NEAREST = 6
 """Stored prompts that are read, the nearest by sketch."""
 LEAST = 0.5
 """Probability below which nothing is a candidate in mode `certified`: the loosest threshold there is."""
