@@ -14,7 +14,7 @@ import numpy as np
 from classifiers import features
 from classifiers.artefact import Artefact
 from classifiers.encoder import DATA_DIRECTORY, ArtefactError, Encoder, MiniLMEncoder, StaticEncoder
-from classifiers.head import Head, Judgement
+from classifiers.head import Head, Judgement, border_distance
 
 MAX_REASON = 80
 
@@ -78,8 +78,11 @@ class Classifier:
         return _verdict(text, self.static, self._static_head, "static")
 
     def needs_transformer(self, verdict: Verdict) -> bool:
-        """Say whether the static verdict is too close to call or the prompt too unfamiliar to rely on it."""
-        return verdict.encoder == "static" and verdict.confidence < self._static_head.transformer_below
+        """Say whether the static verdict is too close to the border of its class to rely on it."""
+        return (
+            verdict.encoder == "static"
+            and border_distance(verdict.difficulty) < self._static_head.transformer_within
+        )
 
     def refine(self, text: str, verdict: Verdict) -> Verdict:
         """Judge the prompt again by MiniLM; takes milliseconds, call it in a thread.
@@ -119,8 +122,8 @@ def _load_head(directory: Path, name: str, encoder: Encoder, head_ids: dict[str,
 
 
 def _verdict(text: str, encoder: Encoder, head: Head, name: str) -> Verdict:
-    task = features.focus(text)
-    described = features.describe(text, task)
+    counted, task = features.read(text)
+    described = features.describe(counted, task)
     vector = encoder.encode((task,))[0]
     judgement = head.judge(vector, described)
     return Verdict(

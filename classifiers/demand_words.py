@@ -152,6 +152,240 @@ GROUPS: Final[dict[str, frozenset[str]]] = {
     }.items()
 }
 
+# What a task asks for, in words and in phrases of up to three words, wherever they stand in it. A prompt told anew
+# uses other words of the same group, or of a group of the same level (LEVELS), more often than the same words.
+PHRASES: Final[dict[str, frozenset[str]]] = {
+    name: frozenset(phrases.split("|"))
+    for name, phrases in {
+        "meaning": (
+            "what is|what's|whats|what are|what was|define|definition|meaning|mean|means|stand for|"
+            "stands for|short for|abbreviation|what does|what do|in other words|the word for|word for|"
+            "term for|called|what that is|what is that|was ist|was heißt|was bedeutet|qu'est|c'est quoi|"
+            "qué es|qué significa|cos'è|o que é|что такое"
+        ),
+        "fact": (
+            "what part|which part|odd one|how come the|what day|which day|what temperature|wie heißt|"
+            "find out who|who is|who|whom|whose|who's|which year|what year|when was|when is|when did|"
+            "when's|where is|where was|which city|which country|what city|by whom|how many|how much|"
+            "how tall|how far|how old|how long|how fast|how big|how high|how deep|how late|how hot|"
+            "number of|what number|what time|what date|which date|what colour|what color|what language|"
+            "which language|which word|which one|what port|which port|what currency|which organ|"
+            "what organ|how is|height|distance|capital|author|inventor|painter|spelled|spelling|spell|"
+            "equals|equal to|what kind|what gas|which gas|wer|wann|wie viele|wie spät|welche uhrzeit|"
+            "combien|qui a|quand|où|cuántos|cuándo|dónde|quién|quanti|chi|quando|где|кто|когда|сколько|"
+            "чему равно"
+        ),
+        "item": (
+            "name|give one|give me one|example of|an example|list the|state|one of|which of|pick|choose|"
+            "count|say|repeat|tell me the|what's the name|i only need|just the|only the|give me the|"
+            "syntax|command|shortcut|keyword|flag|one-liner|line"
+        ),
+        "yes_no": (
+            "do you think|does that|am i|have you|should it|do they|is it|is there|are there|is this|"
+            "is that|does it|do i|does this|do you|are you|can i|could it|true or|yes or|yes or no|"
+            "or not|or false|allowed|okay|is the|are the|does a|does the|is a|do the"
+        ),
+        "why": (
+            "for the reason|cause of|reason for|why is|why are|why do|why does|arise|why|why's|how come|"
+            "what makes|what made|what causes|what caused|what cause|the reason|reasons|reason|what led|"
+            "causes|cause|because|due to|account for|behind it|behind|where does|explain why|say why|"
+            "warum|wieso|weshalb|pourquoi|por qué|perché|почему"
+        ),
+        "workings": (
+            "come about|comes about|how are|happen|happens|functions|operate|operates|under the hood|"
+            "inside|how does|how do|how did|how it|how they|how one|how a|how an|how the|work|works|"
+            "working|mechanism|principle|principles|the way|what happens|going on|what goes|takes place|"
+            "in what way|process|wie funktioniert|funktioniert|arbeitet|comment fonctionne|fonctionne|"
+            "cómo funciona|funciona|come funziona|как работает"
+        ),
+        "how_to": (
+            "one step|after the|step after|one does|one read|does one|can one|how one|sequence of steps|"
+            "walkthrough|how do i|how do you|how can i|how to|how should|how would|how could|how can|"
+            "how does one|the way to|way to|a way|ways|steps|step|step by|the steps|go about|what do i|"
+            "what should|what must|what can|do i have|procedure|instructions|guide|method"
+        ),
+        "explanation": (
+            "explain|explains|describe|tell me|tell us|illustrate|teach|walk me|walk us|take me|"
+            "go through|help me|understand|understands|simple terms|simple words|plain language|"
+            "plain words|in words|clarify|overview|introduction to|basics|explained|erkläre|erklär|"
+            "erläutere|explique|expliquez|explica|explícame|spiega|объясни|расскажи|describe how|"
+            "talk about|outline"
+        ),
+        "making": (
+            "i need|i'd like|i want|we need|we'd like|we want|i'm looking|can you|could you|would you|"
+            "please|make me|give me|write|draft|compose|create|make|produce|generate|prepare|"
+            "put together|draw up|come up|build|set up|implement|code|program|sketch|invent|develop|"
+            "schreibe|formuliere|écris|rédige|escribe|necesito|scrivi|escreva|напиши|составь|распиши"
+        ),
+        "artefact": (
+            "function|script|class|component|endpoint|query|dockerfile|makefile|schema|spec|test|tests|"
+            "table|chart|letter|email|e-mail|mail|poem|story|song|lyrics|speech|post|essay|article|"
+            "dialogue|agenda|checklist|plan|recipe|budget|workshop|itinerary|presentation|schedule|"
+            "timetable|calendar|programme|routine|worksheet|lesson|report|review|paragraph|timeline|"
+            "summary|message|notice|announcement|description|profile|cv|template|module|library|package|"
+            "middleware|hook|decorator|api|pipeline|model|app|website|page|newsletter|invitation|toast|"
+            "abstract|bullets|points|questions|exercises|examples|tips|ideas|reasons|workflow|rota|guide|"
+            "faq|funktion|fonction|función|carta|funzione|функцию|план"
+        ),
+        "comparison": (
+            "compare|comparison|contrast|difference|differences|differ|differs|different|versus|vs|"
+            "side by|side|set against|against|pros|cons|advantages|advantage|disadvantages|strengths|"
+            "weaknesses|benefits|drawbacks|speaks for|good and|for and|better|which is|cheaper|either|"
+            "both|or|vergleiche|unterschied|vorteile|nachteile|comparez|différence|compara|diferencia|"
+            "diferencias|confronta|сравни"
+        ),
+        "proof": (
+            "show why|can't ever|one-to-one|onto|unique|uniqueness|holds|no matter|exists|existence|"
+            "impossible|impossibility|infeasible|infeasibility|prove|proves|proved|proving|proof|proofs|"
+            "show that|demonstrate|demonstrates|show by|show with|refute|disprove|provably|rigorous|"
+            "rigorously|provable|verify that|equivalence|equivalent|correctness|is correct|guarantee|"
+            "guarantees|must be|can't be|cannot be|beweise|beweis|zeige|démontrez|démontre|prouve|"
+            "demuestra|dimostra|докажи|докажите|invariant|counterexample|counter-example"
+        ),
+        "school_proof": (
+            "pythagoras|am-gm|inequality|harmonic|tree|vertices|angles|sum of|square root|equal|primes|"
+            "prime|by induction|induction|contradiction|odd|even|divisible|irrational|rational|fraction|"
+            "divides|truth table|triangle|rectangle|integer|integers|bijection|consecutive|multiple"
+        ),
+        "derivation": (
+            "isomorphism|isometry|every group|groups of|structure of|conditions|compute the|"
+            "generating function|classify all|functions satisfy|satisfy|radicals|necessary and|"
+            "sufficient|derive|derives|derivation|arrive at|arrives at|follows from|deduce|work out|"
+            "determine|characterise|characterize|find all|all of them|for which|under which|under what|"
+            "bound|bounds|asymptotic|asymptotically|converge|converges|limit|general|distribution|"
+            "solution set|up to|solutions|recurrence|closed form|exact|exactly|infinite|infinitely|"
+            "estimate|estimator|estimand|optimal|minimise|maximise"
+        ),
+        "weighing": (
+            "merits|verdict|persuasive|reply to|refute|contradict|contradicts|tell apart|both be|fair|"
+            "fairly|honestly|ethics|conflict|conflicts|conflicting|interests|lose|stands to|options|"
+            "weigh|weighs|assess|assesses|assessment|evaluate|evaluates|judge|critically|critical|"
+            "critique|argue|argues|argument|arguments|defend|defends|defensible|justify|justifies|"
+            "justified|justification|make the|the case|deserves|trust|to what|what extent|how far|"
+            "persuade|convince|convincing|evidence|objection|objections|strongest|balance|reliable|"
+            "robust|robustness|claim|claims|sceptical|skeptical|debate|interpretation|reading|valid|"
+            "validity|sound|reasons for|every side|both sides|sides|trade-off|trade-offs|tradeoffs|"
+            "implications|consequences|limits|limitations|assumptions|premises|bias|confounding|"
+            "analysiere|diskutiere|bewerte|analysez|discutez|argumentez|analiza|valuta|discuta|оцените|"
+            "проанализируй"
+        ),
+        "diagnosis": (
+            "root cause|find out|diagnose|diagnosis|track down|trace|reconstruct|rule out|ruling out|"
+            "hypotheses|hypothesis|discriminate|discriminates|tell apart|isolate|investigate|establish|"
+            "detect|identify|leak|leaks|deadlock|deadlocks|race|races|intermittent|intermittently|flaky|"
+            "crash|crashes|heisenbug|corrupt|under load|in production|anomaly|latency|"
+            "undefined behaviour|memory"
+        ),
+        "design": (
+            "how should we|anew|from scratch|come up with the|go about|paxos|raft|consensus|scheduler|"
+            "garbage collector|regex engine|compiler|interpreter|parser|jit|allocator|engine|lock-free|"
+            "wait-free|thread-safe|crdt|simd|crash safe|crash-safe|exactly once|exactly-once|"
+            "zero-downtime|zero-copy|work stealing|work-stealing|write-ahead|b-tree|kernel|solver|"
+            "protocol|encryption|concurrent|concurrency|design|designs|architect|architecture|redesign|"
+            "would you|construct|devise|structure|develop|strategy|strategies|roadmap|migrate|migration|"
+            "formulate|specify|specification|system|systems|distributed|scalable|consistency|consistent|"
+            "availability|failure|failures|faults|partition|regions|region|replication|recovery|rollback|"
+            "downtime|multi-tenant|real time|real-time|entwirf|entwerfe|concevez|proposez|diseña|"
+            "proponga|proyecte|progetta|спроектируй|turnaround|restructure|scheme|policy|incentives|"
+            "governance"
+        ),
+        "advice": (
+            "recommend|suggest|suggests|advise|advice|tips|should i|should we|would suit|ideas|"
+            "what would|good way|best way|idea|propose|help|which should|choose|your choice|pick"
+        ),
+        "translation": (
+            "translate|translation|translates|how do you say|do you say|you say|in french|in german|"
+            "in spanish|in italian|in english|in dutch|in swedish|in polish|in japanese|in korean|"
+            "in danish|in finnish|in portuguese|in greek|into french|into german|into spanish|"
+            "into italian|into english|into dutch|into polish|into japanese|to french|to german|"
+            "to spanish|to italian|to english|übersetze|auf englisch|traduis|traduce|traduci|"
+            "english word|french word|german word"
+        ),
+        "change": (
+            "rewrite|rephrase|reword|shorten|correct|fix|convert|turn|change|reformat|remove|delete|"
+            "replace|reverse|sort|order|put|format|capitals|uppercase|lowercase|upper case|title case|"
+            "capital letters|past tense|plural|synonym|synonyms|opposite|antonym|grammar|active voice|"
+            "other word|decimal|json|csv|markdown|list|bullet|alphabetical|round|decode|encode|copy|"
+            "paste|rename"
+        ),
+        "reading": (
+            "extract|appear|appears|mentioned|occur|occurs|contain|contains|in this|in the|from this|"
+            "from the|here|below|above|following|this text|the text|this sentence|attended|present"
+        ),
+        "brevity": (
+            "tldr|tl|in one|one sentence|a sentence|one line|a line|in a|two sentences|in two|in short|"
+            "short|shortly|brief|briefly|headline|title|caption|slogan|in five|few words|one word|sum up|"
+            "main point|gist|about"
+        ),
+        "summary": (
+            "summarise|summarize|summary|sum|condense|takeaways|lessons|key points|main points|main|plot|"
+            "act by|chapter|abstract|fasse|résume|resuma|resume|riassumi"
+        ),
+        "calculation": (
+            "calculate|compute|solve|add|plus|minus|times|percent|sum of|square root|sqrt|derivative|"
+            "integral|integrate|probability|likely|chance|interest|price|cost|factorial|equation|matrix|"
+            "eigenvalues|area|mean|median|average"
+        ),
+        "small_talk": (
+            "hi|hello|hey|thanks|thank|bye|lol|ok|okay|morning|night|haha|cool|sorry|you're|your name|"
+            "are you|do you|guess what|yay|joke|riddle|hola|ciao|bonjour|merci|danke|hallo|спасибо|"
+            "привет|gracias|obrigado|how are"
+        ),
+        "scale": (
+            "million|millions|billion|billions|tb|thousands|hundreds|global|globally|worldwide|national|"
+            "nationwide|decades|years|centuries|enterprise|legacy"
+        ),
+        "theory": (
+            "quantum mechanics|entropy|general relativity|arbitration|gdpr|transfer pricing|fiduciary|"
+            "theorem|lemma|conjecture|group|groups|ring|field|fields|manifold|topology|space|spaces|"
+            "operator|operators|quantum|relativity|hypothesis|theory|theories|philosophy|realism|"
+            "metaphysics|kant|hegel|causal|causation|causality|stochastic|convex|galois|hilbert|markets|"
+            "doctrine|jurisdiction|liability|statute|court|tribunal|clause|covenant|covenants|literature|"
+            "historiography|metre|sonnet|narrator"
+        ),
+        "tool": (
+            "excel|sheets|git|bash|curl|sql|postgres|postgresql|pandas|python|javascript|js|css|html|"
+            "docker|vim|regex|vs code|linux|npm|rust|go|java|c#|kotlin|word|powerpoint|photoshop|windows|"
+            "mac|iphone|android|gmail|outlook|zoom|chrome|browser|terminal|ssh|kubectl|json|numpy|react|"
+            "haskell|column|row|array|string|dictionary|dict|div|loop"
+        ),
+        "strict_form": (
+            "sonnet|sestina|villanelle|iambic|palindrome|acrostic|libretto|unreliable narrator|"
+            "blank verse|refrain|metre|meter|backwards|every clue|clues|consistent|contradiction|"
+            "contradictions|voice|syntax of|rhyme scheme|novel|trilogy"
+        ),
+    }.items()
+}
+
+# What of it an expert, an ordinary answer or a glance is enough for.
+LEVELS: Final[dict[str, tuple[str, ...]]] = {
+    "expert": ("weighing", "derivation", "design", "diagnosis", "proof", "theory", "scale", "strict_form"),
+    "ordinary": (
+        "explanation",
+        "workings",
+        "how_to",
+        "comparison",
+        "artefact",
+        "advice",
+        "summary",
+        "calculation",
+        "school_proof",
+        "why",
+        "making",
+    ),
+    "plain": (
+        "meaning",
+        "fact",
+        "item",
+        "yes_no",
+        "brevity",
+        "change",
+        "small_talk",
+        "translation",
+        "reading",
+    ),
+}
+
 # Scripts without spaces or Latin letters: parts of words.
 PARTS: Final[dict[str, re.Pattern[str]]] = {
     "parts_facts": re.compile(

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import re
 import string
+from collections.abc import Mapping
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,29 +122,25 @@ _REQUEST = re.compile(
     r"^(?:user|customer|guest|question|task|q|patient|client) ?:",
 )
 
-# How the task begins. The first that fits counts.
-_OPENINGS = {
-    "opens_how_say": r"how (?:do|does|would) (?:you|i|one|we) (?:say|spell|write|pronounce)\b",
-    "opens_how_many": r"(?:how (?:many|much|tall|old|long|far|big|high|fast|deep|hot|late)|"
-    r"wie (?:viele?|sp\u00e4t|alt|lang)|combien|cu\u00e1nt|hoeveel|quant)",
-    "opens_what_is": r"(?:what(?:'s| is| are| does| do)|whats|define|meaning|was ist|qu'est|"
-    r"qu\u00e9 es|cos'\u00e8)\b",
-    "opens_why": r"(?:why|what (?:made|makes|caused|causes|happens|led)|warum|wieso|"
-    r"pourquoi|por qu\u00e9|perch\u00e9|por que)\b",
-    "opens_how": r"(?:how|wie|comment|c\u00f3mo|come|como)\b",
-    "opens_yes_no": r"(?:is|are|was|were|do|does|did|can|has|have|will|true or false|yes or no)\b",
-    "opens_should": r"(?:should|would|could i|ought)\b",
-    "opens_who": r"(?:who|when|where|whose|which|what|wer|wann|wo|welche|qui|quand|o\u00f9|quel|"
-    r"qui\u00e9n|cu\u00e1ndo|d\u00f3nde|chi|qual|quando|onde|welke)\b",
-}
-# The features of each opening, last that of none.
-_OPENED_BY = {
-    name: tuple(1.0 if name == other else 0.0 for other in (*_OPENINGS, None)) for name in (*_OPENINGS, None)
-}
-_OPENING = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _OPENINGS.items()))
-_GREETING = re.compile(
-    r"[\s'\"\u00bf\u00ab(-]{0,5}(?:(?:hi|hello|hey|please|ok|so|and|question|user|customer|guest|q)[,:!. ]{1,3}){0,2}"
+# What says nothing of the task: greetings and thanks around it, and marks such as [a81f02c4].
+_COURTESY_BEFORE = re.compile(
+    r"(?:(?:hi|hello|hey|dear all|good (?:morning|afternoon|evening)|excuse me|sorry to bother you|"
+    r"quick (?:one|question)|one more thing|please|pls)\b(?: there| all| everyone)?[ ,.!:;-]{1,4}){1,3}",
+    re.IGNORECASE,
 )
+_COURTESY_AFTER = re.compile(
+    r"[ ,.!-]{1,3}(?:please|pls|thanks|thank you|thx|cheers|many thanks)"
+    r"(?: a lot| so much| very much| in advance){0,2}[.! ]{0,3}$",
+    re.IGNORECASE,
+)
+_MARK = re.compile(
+    r"\[(?=[a-z_-]{0,64}\d)[0-9a-z_-]{6,64}\]|\((?:ref|id)\.?:? ?[\w-]{1,64}\)|"
+    r"\b(?=\d{0,64}[a-f])(?=[a-f]{0,64}\d)[0-9a-f]{8,64}\b",
+    re.IGNORECASE,
+)
+_MAY_BE_MARK = re.compile(r"[\[(]|[0-9a-fA-F]{8}")
+# So much must be left of a task without its courtesies.
+MIN_TASK = 8
 _TOKEN = re.compile(r"[^\W_]+(?:['\-;][^\W_]+)*")
 _SMALL_ANSWER = re.compile(
     r"\b(?:a |one |1 |two |2 |three |single |the )(?:single |short |plain )?"
@@ -162,10 +160,31 @@ _HOW = re.compile(r"\bhow (?:does|do|did|is|are|can|could|would|should|to|one)\b
 _NUMBER = re.compile(r"\d+")
 
 _GROUPS = tuple(demand_words.GROUPS)
-_GROUPS_OF: dict[str, tuple[int, ...]] = {
-    word: tuple(at for at, group in enumerate(_GROUPS) if word in demand_words.GROUPS[group])
-    for word in frozenset().union(*demand_words.GROUPS.values())
-}
+_PHRASES = tuple(demand_words.PHRASES)
+
+
+def _places(groups: Mapping[str, frozenset[str]], size: int) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Return for each phrase of `size` words the places of its groups."""
+    found: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for at, phrases in enumerate(groups.values()):
+        for phrase in phrases:
+            if len(words := tuple(phrase.split(" "))) == size:
+                found[words] = (*found.get(words, ()), at)
+    return found
+
+
+_GROUPS_OF = {word: places for (word,), places in _places(demand_words.GROUPS, 1).items()}
+_PHRASES_OF = {word: places for (word,), places in _places(demand_words.PHRASES, 1).items()}
+_PAIRS, _TRIPLES = _places(demand_words.PHRASES, 2), _places(demand_words.PHRASES, 3)
+_EXPERT, _ORDINARY, _PLAIN = (
+    tuple(_PHRASES.index(phrase) for phrase in phrases) for phrases in demand_words.LEVELS.values()
+)
+# What several phrases say together; see `_together`.
+_AT = {phrase: at for at, phrase in enumerate(_PHRASES)}
+_AT_MEANING, _AT_FACT, _AT_ITEM, _AT_HOW_TO = _AT["meaning"], _AT["fact"], _AT["item"], _AT["how_to"]
+_AT_TOOL, _AT_THEORY, _AT_PROOF, _AT_SCHOOL = _AT["tool"], _AT["theory"], _AT["proof"], _AT["school_proof"]
+_AT_MAKING, _AT_BREVITY, _AT_DESIGN = _AT["making"], _AT["brevity"], _AT["design"]
+_AT_WHY, _AT_WORKINGS = _AT["why"], _AT["workings"]
 _PARTS = tuple(demand_words.PARTS.values())
 _NO_PARTS = (0.0,) * len(_PARTS)
 # Words at the beginning whose groups count once more.
@@ -174,8 +193,6 @@ FIRST_WORDS = 6
 DEMAND_NAMES = (
     *(f"words_{group}" for group in _GROUPS),
     *(f"first_{group}" for group in _GROUPS),
-    *_OPENINGS,
-    "opens_otherwise",
     *demand_words.PARTS,
     "small_answer",
     "answer_size",
@@ -192,6 +209,26 @@ DEMAND_NAMES = (
     "task_long_words",
     "task_up_to_12_words",
     "task_up_to_25_words",
+    *(f"says_{phrase}" for phrase in _PHRASES),
+    *(
+        f"{level}_{measure}"
+        for level in demand_words.LEVELS
+        for measure in ("total", "any", "kinds", "share")
+    ),
+    "expert_less_plain",
+    "expert_less_ordinary",
+    "ordinary_less_plain",
+    "expert_up_to_2",
+    "expert_root",
+    *(f"levels_{combination}" for combination in range(8)),
+    "how_to_with_tool",
+    "fact_of_theory",
+    "fact_alone",
+    "school_proof_alone",
+    "making_briefly",
+    "terse_design",
+    "why_for_experts",
+    "workings_plainly",
 )
 ALL_NAMES = (*NAMES, *DEMAND_NAMES)
 
@@ -208,15 +245,22 @@ def _demand(text: str, task: str) -> tuple[float, ...]:
     task = task.lower().replace("\u2019", "'")
     words = _TOKEN.findall(task)
     size = len(words)
-    counts, first = [0] * len(_GROUPS), [0.0] * len(_GROUPS)
+    counts, first, said = [0] * len(_GROUPS), [0.0] * len(_GROUPS), [0] * len(_PHRASES)
     for at, word in enumerate(words):
         for group in _GROUPS_OF.get(word, ()):
             counts[group] += 1
             if at < FIRST_WORDS:
                 first[group] = 1.0
-    greeting = _GREETING.match(task)
-    opening = _OPENING.match(task, greeting.end() if greeting else 0)
-    begins = opening.lastgroup if opening else None
+        for phrase in _PHRASES_OF.get(word, ()):
+            said[phrase] += 1
+    for pair in pairwise(words):
+        if pair in _PAIRS:
+            for phrase in _PAIRS[pair]:
+                said[phrase] += 1
+    for triple in zip(words, words[1:], words[2:], strict=False):
+        if triple in _TRIPLES:
+            for phrase in _TRIPLES[triple]:
+                said[phrase] += 1
     numbers = len(_NUMBER.findall(task))
     asked_size = _SIZE.search(task) if numbers else None
     may_ask_why = "why" in task or "reason" in task or "because" in task
@@ -225,7 +269,6 @@ def _demand(text: str, task: str) -> tuple[float, ...]:
     return (
         *map(log, counts),
         *first,
-        *_OPENED_BY[begins],
         *(_NO_PARTS if task.isascii() else (log(len(parts.findall(task))) for parts in _PARTS)),
         1.0 if _SMALL_ANSWER.search(task) else 0.0,
         log(float(asked_size[1])) / 4 if asked_size else 0.0,
@@ -242,7 +285,48 @@ def _demand(text: str, task: str) -> tuple[float, ...]:
         log(len([length for length in lengths if length > 9])),
         min(size, 12) / 12,
         min(size, 25) / 25,
+        *map(log, said),
+        *_together(said, max(size, 1)),
     )
+
+
+def _together(said: list[int], size: int) -> tuple[float, ...]:
+    """Return what the phrases said in a task of `size` words say together.
+
+    A task told anew seldom keeps its words and mostly keeps its level: these vary less than single groups do.
+    """
+    levels: list[float] = []
+    totals = []
+    for level in (_EXPERT, _ORDINARY, _PLAIN):
+        of_level = [said[phrase] for phrase in level]
+        total = sum(of_level)
+        totals.append(total)
+        kinds = len(level) - of_level.count(0)
+        levels += (math.log1p(total), 1.0 if total else 0.0, math.log1p(kinds), min(total / size, 1.0))
+    expert, ordinary, plain = levels[0], levels[4], levels[8]
+    experts, ordinaries, plains = (total > 0 for total in totals)
+    combination = 4 * experts + 2 * ordinaries + plains
+    fact = said[_AT_MEANING] > 0 or said[_AT_FACT] > 0 or said[_AT_ITEM] > 0
+    return (
+        *levels,
+        expert - plain,
+        expert - ordinary,
+        ordinary - plain,
+        float(min(totals[0], 2)),
+        math.sqrt(totals[0]),
+        *_COMBINATIONS[combination],
+        1.0 if said[_AT_HOW_TO] and said[_AT_TOOL] else 0.0,
+        1.0 if fact and said[_AT_THEORY] else 0.0,
+        1.0 if fact and not experts else 0.0,
+        1.0 if said[_AT_PROOF] and said[_AT_SCHOOL] else 0.0,
+        1.0 if said[_AT_MAKING] and said[_AT_BREVITY] else 0.0,
+        min(10 / size, 1.0) if said[_AT_DESIGN] else 0.0,
+        1.0 if said[_AT_WHY] and experts else 0.0,
+        1.0 if said[_AT_WORKINGS] and not experts else 0.0,
+    )
+
+
+_COMBINATIONS = tuple(tuple(1.0 if at == other else 0.0 for other in range(8)) for at in range(8))
 
 
 def excerpt(text: str) -> str:
@@ -280,6 +364,28 @@ def focus(text: str) -> str:
             taken.append(at)
             room -= size
     return "\n".join(sentences[at][:SENTENCE] for at in sorted(taken))[:FOCUS]
+
+
+def bare(task: str) -> str:
+    """Return a task without greetings, thanks and marks such as [a81f02c4]; itself where little else is in it."""
+    short = _MARK.sub(" ", task) if _MAY_BE_MARK.search(task) else task
+    begins = _COURTESY_BEFORE.match(short)
+    ends = _COURTESY_AFTER.search(short, max(len(short) - 40, 0))
+    short = short[begins.end() if begins else 0 : ends.start() if ends else len(short)].strip()
+    return short if len(short) >= MIN_TASK else task
+
+
+def read(text: str) -> tuple[str, str]:
+    """Return what is counted and what is encoded of a text: the text and its task, both without courtesies.
+
+    In a long text they are left where they stand: they do not count there.
+    """
+    text = text.strip()
+    focused = focus(text)
+    task = bare(focused)
+    if len(text) > SHORT:
+        return text, task
+    return (task if focused == text else bare(text)), task
 
 
 def _task_likeness(sentence: str, first: bool, last: bool) -> float:

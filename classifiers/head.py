@@ -23,11 +23,11 @@ MIN_OUTPUT_TOKENS, MAX_OUTPUT_TOKENS = 4, 4096
 UNFAMILIAR = 0.8
 
 # Dimensions of the space in which labelled prompts are compared.
-PLACE = 64
+PLACE = 48
 # Similarity of two prompts: this share from the vectors' cosine (about the mean), the rest from that of the features.
 VECTOR_SHARE = 0.7
 # Below the first similarity a labelled prompt has no say, above the second it decides.
-NEAR, SAME = 0.55, 0.75
+NEAR, SAME = 0.65, 0.8
 # How sharply the nearest of several labelled prompts is preferred.
 SHARPNESS = 20.0
 # Above this share of letters outside the Latin script a prompt counts as unfamiliar.
@@ -45,11 +45,9 @@ def class_of(difficulty: float) -> str:
     return CLASSES[0] if difficulty < BORDERS[0] else CLASSES[1] if difficulty < BORDERS[1] else CLASSES[2]
 
 
-def calibrated(p: NDArray[np.float64], slope: float, offset: float) -> NDArray[np.float64]:
-    """Map the raw probability of the class named (any shape, 0..1) to a calibrated one (Platt 1999)."""
-    bounded = np.clip(p, 1e-6, 1.0 - 1e-6)
-    result: NDArray[np.float64] = 1.0 / (1.0 + np.exp(-slope * np.log(bounded / (1.0 - bounded)) - offset))
-    return result
+def border_distance(difficulty: float) -> float:
+    """Return how far a difficulty is from the nearer border between two classes."""
+    return min(abs(difficulty - border) for border in BORDERS)
 
 
 def joined(vectors: Array, described: Array, centre: Array, scale: Array) -> Array:
@@ -129,16 +127,17 @@ class Head:
             self._centre: Array = arrays["centre"].astype(np.float32)
             self._scale: Array = arrays["scale"].astype(np.float32)
             self._axes: Array = np.ascontiguousarray(arrays["axes"], dtype=np.float32)
-            self._labelled: Array = np.ascontiguousarray(arrays["labelled"], dtype=np.float32)
+            labelled = arrays["labelled"]
+            self._labelled_by_axis: Array = np.ascontiguousarray(labelled.T, dtype=np.float32)
             labels = arrays["labelled_classes"].astype(np.int64)
             self._labelled_kinds = arrays["labelled_kinds"].astype(np.int64)
             self._kinds = tuple(str(words) for words in metadata["kinds"])
             self._slope, self._offset = (float(number) for number in metadata["calibration"])
             self._familiar_above = float(metadata["familiar_above"])
-            self.transformer_below = float(metadata["transformer_below"])
+            # A verdict nearer than this to a border between classes is worth asking the transformer.
+            self.transformer_within = float(metadata["transformer_within"])
             self._labels: Array = np.eye(len(CLASSES), dtype=np.float32)[labels]
             self._weights_by_output: Array = np.ascontiguousarray(self._weights.T)
-            self._labelled_by_axis: Array = np.ascontiguousarray(self._labelled.T)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ArtefactError(f"{artefact.id}: incomplete head ({error})") from error
         # Columns: three classes, then log(output tokens).
@@ -148,7 +147,7 @@ class Head:
             )
         count = len(self._labels)
         if (
-            self._labelled.shape != (count, PLACE)
+            labelled.shape != (count, PLACE)
             or self._axes.shape != (PLACE, width)
             or self._labelled_kinds.shape != (count,)
             or self._centre.shape != (width,)
@@ -164,7 +163,7 @@ class Head:
         p = np.exp(scores[:, :3] - scores[:, :3].max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
         joint = joined(vectors, described, self._centre, self._scale)
-        similarity = products(placed(joint, self._axes), self._labelled)
+        similarity = products(placed(joint, self._axes), self._labelled_by_axis.T)
         nearest = similarity.argmax(axis=1)
         top = similarity[np.arange(len(nearest)), nearest]
         # Scripts that the encoders hardly know give all texts one vector: no likeness follows from it.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -272,12 +274,13 @@ def test_remembered_words_give_the_pieces_of_the_tokenizer(text: str) -> None:
 
 def test_all_prompts_are_split_as_by_the_tokenizer_and_judged_as_in_training() -> None:
     texts = [row["text"] for row in rows_of("prompts/*.jsonl") + rows_of("paraphrases.jsonl")]
-    tasks = [features.focus(text) for text in texts]
+    read = [features.read(text) for text in texts]
+    tasks = [task for _, task in read]
     for task in (*tasks, *texts, *ODD):
         ids = TOKENIZER.encode(bounded(task), add_special_tokens=False).ids
         assert CLASSIFIER.static._pieces(bounded(task)) == ids
     vectors = CLASSIFIER.static.encode(tasks)
-    described = np.stack([features.describe(text, task) for text, task in zip(texts, tasks, strict=True)])
+    described = np.stack([features.describe(counted, task) for counted, task in read])
     head = CLASSIFIER._static_head
     view = head.view(vectors, described)
     difficulties = view.probabilities @ (0.0, 0.5, 1.0)
@@ -356,18 +359,93 @@ def test_prompts_written_after_the_features_get_the_class_a_person_gave() -> Non
     assert sum(f1) / len(f1) >= 0.75
 
 
-def test_paraphrases_of_labelled_prompts_seldom_change_the_class() -> None:
-    rows = rows_of("paraphrases.jsonl")
-    labelled = {row["text"] for row in rows_of("prompts/*.jsonl")}
-    assert len(rows) >= 150
-    assert len({row["kind"] for row in rows}) >= 15
-    assert all(row["paraphrases"] in labelled and row["text"] not in labelled for row in rows)
+def recorded() -> dict[str, Any]:
+    scores: dict[str, Any] = json.loads((DATA_DIRECTORY / "scores.json").read_text())
+    return scores
+
+
+def test_paraphrases_tell_labelled_prompts_anew_and_have_their_class() -> None:
+    rows, labelled = rows_of("paraphrases.jsonl"), rows_of("prompts/*.jsonl")
+    class_of_prompt = {row["text"]: row["class"] for row in labelled}
+    assert len(rows) >= 400
+    assert {row["kind"] for row in rows} == {row["kind"] for row in labelled}
+    assert all(row["class"] == class_of_prompt[row["paraphrases"]] for row in rows)
+    assert not {row["text"] for row in rows} & set(class_of_prompt)
+    assert recorded()["prompts"]["paraphrases"] == len(rows)
+
+
+def test_learned_wordings_do_not_flip_and_unlearned_ones_seldom() -> None:
+    """Nearly all paraphrases are learned: how often others flip was measured with each fifth left out."""
+    rows = rows_of("paraphrases.jsonl")[::4]
     flips = sum(deployed(row["text"]) != deployed(row["paraphrases"]) for row in rows)
+    assert flips / len(rows) <= 0.02
+    left_out = recorded()["known_kinds"]["unseen_wordings"]["flips"]["static_then_minilm"]
+    assert left_out["pairs"] == recorded()["prompts"]["paraphrases"]
+    assert left_out["mean"] <= 0.05
+
+
+def test_scores_on_unseen_kinds() -> None:
+    unseen = recorded()["unseen_kinds"]
+    for path in ("static", "minilm", "static_then_minilm"):
+        assert unseen[path]["macro_f1"]["mean"] >= 0.75
+        assert unseen[path]["macro_f1"]["mean"] - unseen["length_only"]["macro_f1"]["mean"] >= 0.2
+    assert 0.01 <= unseen["static_then_minilm"]["transformer_asked"]["mean"] <= 0.3
+
+
+def test_paraphrases_of_kinds_that_nobody_learned_do_not_flip_more_than_is_documented() -> None:
+    rows = rows_of("later_paraphrases.jsonl")
+    later = {row["text"]: row["class"] for row in rows_of("later_prompts.jsonl")}
+    assert {row["paraphrases"] for row in rows} == set(later)
+    assert all(row["class"] == later[row["paraphrases"]] for row in rows)
+    flips = sum(deployed(row["text"]) != deployed(row["paraphrases"]) for row in rows)
+    assert flips / len(rows) <= 0.17
+    right = sum(deployed(row["text"]) == row["class"] for row in rows)
+    assert right / len(rows) >= 0.75
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("What is {a} + {b}?", "simple"),
+        ("What is 2 + 2? [{mark}]", "simple"),
+        ("What is 2 + 2? {mark}", "simple"),
+        ("What's the capital of Peru? {a}", "simple"),
+        ("Explain how a heat pump works [{mark}]", "medium"),
+        ("Prove that every compact metric space is separable. [{mark}]", "complex"),
+    ],
+)
+def test_numbers_and_marks_do_not_move_the_class(template: str, expected: str) -> None:
+    draws = random.Random(0)
+    found = {
+        CLASSIFIER.classify(
+            template.format(
+                a=draws.randrange(10**4), b=draws.randrange(10**4), mark=f"{draws.getrandbits(48):012x}"
+            )
+        ).prompt_class
+        for _ in range(500)
+    }
+    assert found == {expected}
+
+
+def test_courtesies_are_no_part_of_the_task() -> None:
+    bare = features.bare
+    assert bare("Hi there, please explain recursion, thanks a lot!") == "explain recursion"
+    assert bare("What is 2 + 2? [a81f02c4]") == "What is 2 + 2?"
+    assert bare("thanks!") == "thanks!"
+    assert bare("hello") == "hello"
+    assert bare("use [data] as a dependency, see [1, 2]") == "use [data] as a dependency, see [1, 2]"
+    assert bare("12345678 + 1") == "12345678 + 1"
+    rows = rows_of("later_prompts.jsonl")
+    flips = sum(
+        CLASSIFIER.classify(f"Hello, please {row['text']} Thank you in advance!").prompt_class
+        != CLASSIFIER.classify(row["text"]).prompt_class
+        for row in rows
+    )
     assert flips / len(rows) <= 0.05
 
 
 def test_no_prompt_is_nearly_one_of_another_kind() -> None:
-    rows = rows_of("prompts/*.jsonl")
+    rows = rows_of("prompts/*.jsonl") + rows_of("paraphrases.jsonl")
     kinds = np.array([row["kind"] for row in rows])
     vectors = CLASSIFIER.minilm.encode([features.focus(row["text"]) for row in rows])
     near = (vectors @ vectors.T > 0.85) & (kinds[:, None] != kinds[None, :])
@@ -392,8 +470,12 @@ def test_demands_are_counted() -> None:
     assert hard["words_hard"] == pytest.approx(np.log(5))
     assert hard["first_hard"] == 1.0
     assert hard["words_demands"] > 0
-    assert hard["opens_otherwise"] == 1.0
-    assert of("Hi, how many days has May?")["opens_how_many"] == 1.0
+    assert hard["says_derivation"] == pytest.approx(np.log(3))
+    assert hard["expert_any"] == 1.0
+    assert of("How many days has May?")["says_fact"] == pytest.approx(np.log(2))
+    assert of("How many days has May?")["fact_alone"] == 1.0
+    assert of("Tell me the pros and cons")["says_comparison"] == pytest.approx(np.log(3))
+    assert of("what does it stand for")["says_meaning"] == pytest.approx(np.log(3))
     assert of("Why is the sky blue?")["asks_why"] > 0
     assert of("Summarise it in one sentence")["small_answer"] == 1.0
     assert of("Write 300 words on bees")["answer_size"] == pytest.approx(np.log(301) / 4)
