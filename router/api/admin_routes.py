@@ -107,7 +107,7 @@ class NewInvalidation(_Strict):
 
 
 class InvalidationShown(BaseModel):
-    """`by`: admin, cli or the id of the key whose caller reported a wrong answer."""
+    """`by`: admin, cli, check (a check found it wrong) or the id of the key whose caller reported it wrong."""
 
     id: int
     at: datetime

@@ -23,7 +23,8 @@ from router.adapters.sql.verify import verify
 from router.core.cached import CacheBook, CacheLabel, Invalidation, InvalidationKind, Origin
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.policy import CacheUse
-from tests.contracts.ledger_records import OPENED, candidate, new_id, settled
+from router.core.types import RequestRecord
+from tests.contracts.ledger_records import OPENED, cache_labelled, candidate, hit, new_id, settled
 from tests.values import replace
 
 pytest_plugins = ["tests.contracts.sql_databases"]
@@ -191,6 +192,34 @@ def test_a_record_that_is_refused_leaves_no_part_of_itself(engine: Engine) -> No
         ledger.write([replace(settled(new_id()), cache_labels=(label("b"),)), first], fresh=True)
     with engine.connect() as connection:
         assert connection.scalar(sa.select(sa.func.count()).select_from(schema.cache_labels)) == 1
+
+
+def test_what_was_served_and_found_wrong_is_quarantined_with_its_label(engine: Engine) -> None:
+    ledger = Ledger(engine)
+    served, kept_back = (
+        hit("semantic", entry="e1"),
+        replace(settled(new_id()), candidate=candidate(entry="e2")),
+    )
+    ledger.write([served, kept_back], fresh=True)
+
+    def found(request: RequestRecord, *, right: bool, entry: str) -> RequestRecord:
+        said = cache_labelled(request, right=right, entry=entry, source="judge")
+        return replace(settled(new_id(), endpoint="learn.judge"), cache_labels=(said,))
+
+    ledger.write(
+        [found(served, right=True, entry="e1"), found(kept_back, right=False, entry="e2")], fresh=True
+    )
+    assert list_rules(engine) == []
+    again = hit("semantic", entry="e3")
+    again = replace(again, cache_labels=(cache_labelled(again, right=False),))
+    wrong = found(served, right=False, entry="e1")
+    wrong = replace(wrong, cache_labels=(replace(wrong.cache_labels[0], source="agreement"),))
+    ledger.write([wrong, again], fresh=True)
+    ledger.write([wrong, again], fresh=False)
+    assert [(rule.rule.kind, rule.rule.value, rule.by) for rule in list_rules(engine)] == [
+        ("entry", "e3", "check"),
+        ("entry", "e1", "check"),
+    ]
 
 
 def test_rules_of_many_at_once_get_ids_in_the_order_of_commits(engine: Engine) -> None:

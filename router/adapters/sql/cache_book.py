@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from router.adapters.sql.database import unavailable, writing
-from router.adapters.sql.ledger import lock_rows
+from router.adapters.sql.rules import add_rule
 from router.adapters.sql.schema import (
     cache_candidates,
     cache_invalidations,
@@ -68,28 +68,6 @@ def invalidate(
             return add_rule(connection, kind, value, at=at, by=by, reason=reason)
     except SQLAlchemyError as error:
         raise unavailable(error) from None
-
-
-def add_rule(
-    connection: Connection, kind: InvalidationKind, value: str, *, at: datetime, by: str, reason: str | None
-) -> Invalidation:
-    """The same within a transaction that writes."""
-    lock_rows(connection, cache_invalidations)
-    newest = connection.scalar(sa.select(sa.func.max(cache_invalidations.c.id)))
-    rule = Invalidation(int(newest or 0) + 1, kind, value, at)
-    connection.execute(
-        sa.insert(cache_invalidations).values(
-            id=rule.id, at=at, kind=kind, value=value, by=by, reason=_printable(reason)
-        )
-    )
-    return rule
-
-
-def _printable(text: str | None) -> str | None:
-    """Text that every database and terminal takes."""
-    if text is None:
-        return None
-    return "".join(char if char.isprintable() else " " for char in text).strip() or None
 
 
 def _checked(kind: InvalidationKind, value: str) -> str:

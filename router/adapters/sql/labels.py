@@ -17,13 +17,12 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from router.adapters.journal import ATTEMPT, JournalReader, journal_folders
-from router.adapters.sql.cache_book import add_rule
 from router.adapters.sql.database import one_snapshot, unavailable, writing
-from router.adapters.sql.ledger import cache_label_row, label_row, lock_rows, without_nul
+from router.adapters.sql.ledger import cache_label_row, label_row, without_nul
+from router.adapters.sql.rules import lock_rows, quarantine, quarantined
 from router.adapters.sql.schema import (
     TOKEN_COLUMNS,
     cache_candidates,
-    cache_invalidations,
     cache_labels,
     labels,
     request_features,
@@ -261,16 +260,9 @@ def judge_hit(
             values = dict(zip(cache_labels.c.keys()[1:], row, strict=True))
             connection.execute(sa.insert(cache_labels).values(values))
         if not correct:
-            lock_rows(connection, cache_invalidations)
-        rule = cache_invalidations.c
-        named = sa.select(sa.exists().where(rule.kind == "entry", rule.value == entry))
-        quarantined = bool(connection.scalar(named))
-        if not correct and not quarantined:
-            add_rule(
-                connection, "entry", entry, at=at, by=caller.key_id, reason=f"reported wrong: {request_id}"
-            )
-            quarantined = True
-    return JudgedHit(entry, quarantined)
+            reason = f"reported wrong: {request_id}"
+            quarantine(connection, entry, at=at, by=caller.key_id, reason=reason)
+        return JudgedHit(entry, quarantined(connection, entry))
 
 
 def _plain(comment: str | None) -> str | None:

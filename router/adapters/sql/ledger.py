@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from router.adapters.journal import with_texts
 from router.adapters.sql.database import unavailable, writing
+from router.adapters.sql.rules import lock_rows, quarantine
 from router.adapters.sql.schema import (
     ROLLUP_KEY,
     ROLLUP_SUMS,
@@ -303,6 +304,7 @@ class Ledger:
         if cache_label_rows:
             lock_rows(connection, cache_labels)
             run(self._insert_cache_label, cache_label_rows)
+            _quarantine_wrong(connection, [label for record in records for label in record.cache_labels])
         run(self._add_rollup, [(*key, *rollup[key]) for key in sorted(rollup)])
         if budgets:
             run(self._add_budget, [(*key, *budgets[key]) for key in sorted(budgets)])
@@ -359,12 +361,22 @@ def cache_label_row(label: CacheLabel, at: Any, revision: int = 0) -> tuple[Any,
     )
 
 
-def lock_rows(connection: Connection, table: sa.Table) -> None:
-    """Until the transaction ends nobody else adds a row to `table`, so that ids rise in the order of commits. Readers
-    go on. SQLite has one writer anyway.
+def _quarantine_wrong(connection: Connection, labels: Sequence[CacheLabel]) -> None:
+    """Rules against entries that were served and that a check found wrong. They travel with the label, so that they
+    come through whatever Redis does.
     """
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql(f'LOCK TABLE "{table.name}" IN SHARE ROW EXCLUSIVE MODE')
+    wrong = [label for label in labels if not label.right]
+    if not wrong:
+        return
+    found = cache_candidates.c
+    query = sa.select(found.request_id).where(
+        found.request_id.in_({label.request_id for label in wrong}), found.served
+    )
+    served = set(connection.scalars(query))
+    for label in wrong:
+        if label.request_id in served:
+            reason = f"found wrong by {label.source}: {label.request_id}"
+            quarantine(connection, label.entry, at=label.at, by="check", reason=reason)
 
 
 def _unchanged(value: datetime) -> datetime:

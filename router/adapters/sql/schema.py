@@ -360,7 +360,7 @@ cache_labels = Table(
     ),
     Index("ix_cache_labels_at", "at"),
 )
-"""Ids rise in the order of commits (`ledger.lock_rows`): the bound reads labels in the order they were booked, and
+"""Ids rise in the order of commits (`rules.lock_rows`): the bound reads labels in the order they were booked, and
 a reader that has seen an id has seen all before it. Of feedback the newest revision counts.
 """
 
@@ -375,4 +375,4 @@ cache_invalidations = Table(
     Column("reason", Text),
     Index("ix_cache_invalidations_kind", "kind", "value"),
 )
-"""Rules of `core.cached.Invalidation`; `by` is `admin`, `cli` or the id of a key."""
+"""Rules of `core.cached.Invalidation`; `by` is `admin`, `cli`, `check` or the id of a key."""
