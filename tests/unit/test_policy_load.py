@@ -462,6 +462,14 @@ def test_learning_that_does_nothing_or_cannot_be_bounded_is_warned_about() -> No
     assert "no shadow answers to judge; add shadow" in warning(found, "learn.judge")
     found = loaded(policy=policy("{ budget: { month: 100 } }"))
     assert "nothing is spent on learning; add shadow" in warning(found, "learn.budget")
+    check = ("scope: team }", "scope: team, check: 5% }")
+    found = loaded(policy=policy("{ budget: { month: 100 }, judge: frontier }", *check))
+    assert not [w for w in found.warnings if w.path in ("learn.budget", "learn.judge")], "checks are paid from it"
+    found = loaded(policy=policy("{}", *check))
+    assert "no served answer is checked; add learn" in warning(found, "defaults.cache.check")
+    certified = ("semantic: shadow", "semantic: certified")
+    found = loaded(policy=policy("{}", *certified))
+    assert "an error that grows goes unnoticed; add check" in warning(found, "defaults.cache.semantic")
     unpriced = PROVIDERS_TEXT + "\n  free: { provider: openai, context: 8000 }\n"
     found = loaded(unpriced, policy("{ shadow: 2%, budget: { month: 1 }, judge: free }"))
     assert "free has no price" in warning(found, "learn.judge")
