@@ -22,7 +22,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,7 @@ _attempt_decoder = msgspec.msgpack.Decoder(AttemptRecord)
 _settle_decoder = msgspec.msgpack.Decoder(RequestRecord)
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(msgspec.Struct, frozen=True):
     """One record as it lies on disk, still encoded."""
 
     segment: int

@@ -144,7 +144,7 @@ class Health:
             available=available,
             reason=reason,
             first_token_p95=p95,
-            tokens_per_second=latency.rate if latency is not None else None,
+            tokens_per_second=self.tokens_per_second(model),
             observations=count,
             warm=conversation is not None and self._is_warm(conversation, model, now),
         )
@@ -161,6 +161,10 @@ class Health:
     def rate(self, model: str, tokens: int, seconds: float) -> None:
         if tokens >= 8 and seconds > 0.005:
             self._latency.setdefault(model, _Observations()).add_rate(tokens / seconds)
+
+    def tokens_per_second(self, model: str) -> float | None:
+        latency = self._latency.get(model)
+        return latency.rate if latency is not None else None
 
     def success(self, provider: str, model: str, now: float) -> None:
         for key in ((provider, model), (provider, "")):

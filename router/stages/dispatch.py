@@ -302,8 +302,7 @@ class Dispatch:
             else (self._estimate(exchange, facts.output_characters), True)
         )
         seconds = self._clock.monotonic() - trial.started
-        status = self._health.status(trial.provider.name, trial.model.name, self._clock.monotonic())
-        rate = status.tokens_per_second or trial.model.expect_tokens_per_second
+        rate = self._health.tokens_per_second(trial.model.name) or trial.model.expect_tokens_per_second
         # What of the whole time was the wait for the first token, at the rate this model writes with.
         # Without a known rate the two cannot be told apart, and nothing is recorded.
         if rate:

@@ -65,7 +65,7 @@ def charge(record: RequestRecord) -> int:
 def rollup_key(record: RequestRecord) -> tuple[str, ...]:
     """The rollup row a request is counted in, in the order of `ROLLUP_KEY`."""
     return (
-        record.opened_at.strftime("%Y-%m-%d"),
+        record.opened_at.date().isoformat(),
         budget_period(record),
         record.team,
         record.app or "",

@@ -138,14 +138,11 @@ class _Unfinished:
     """Which requests still need which segment of a journal."""
 
     by_segment: dict[int, set[str]] = field(default_factory=dict)
-    ids: set[str] = field(default_factory=set)
 
     def seen(self, segment: int, request_id: str) -> None:
         self.by_segment.setdefault(segment, set()).add(request_id)
-        self.ids.add(request_id)
 
     def committed(self, request_ids: Sequence[str]) -> None:
-        self.ids.difference_update(request_ids)
         for ids in self.by_segment.values():
             ids.difference_update(request_ids)
 
