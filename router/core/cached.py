@@ -41,9 +41,9 @@ class SemanticEntry:
 
     `tenant`: whose quota it counts against. `partition`: all that must be the same (tenant's scope, history, system
     prompt, tools, format, parameters, rules in force, encoder). `prompt`: the last message's text, whole. `vector`:
-    float16, little-endian, of the cache's encoder; `sketch`: the same of the static one. Times: seconds since the
-    epoch. `cost`: what the answer cost, in nano-USD (None: unpriced). `usage`: token counts in the order of
-    `Usage.quantities()`. `body_bytes`: size of the body.
+    float16, little-endian, of the cache's encoder (zeros: not made yet); `sketch`: the same of the static one.
+    Times: seconds since the epoch. `cost`: what the answer cost, in nano-USD (None: unpriced). `usage`: token
+    counts in the order of `Usage.quantities()`. `body_bytes`: size of the body.
     """
 
     origin: Origin

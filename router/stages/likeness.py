@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from classifiers.classifier import Classifier
 from classifiers.encoder import DATA_DIRECTORY
 from classifiers.pairs import guard
 from classifiers.pairs.verifier import Verifier
+
+log = logging.getLogger("farthing")
 
 Vector = NDArray[np.float32]
 
@@ -112,9 +115,13 @@ class ShippedLikeness:
         self._vectors: OrderedDict[tuple[str, str], Vector] = OrderedDict()
 
     def load(self) -> None:
-        """Loads all that a look-up needs. Takes up to a second."""
-        self.rank("How are you?", [Stored("how are you doing?", 0.9, b"")], 0.05, 0.0, owner="")
-        self.ready = True
+        """Loads all that a look-up needs. Takes up to a second; a failure is logged, and it is not ready then."""
+        try:
+            self.rank("How are you?", [Stored("how are you doing?", 0.9, b"")], 0.05, 0.0, owner="")
+        except Exception:
+            log.exception("nothing is answered by likeness: the verifier or its encoder cannot be loaded")
+        else:
+            self.ready = True
 
     @property
     def verifier(self) -> Verifier:

@@ -418,7 +418,7 @@ class LikenessCache:
             return  # a refusal, or what was cut off, is no answer for others
         sketch = inquiry.sketch if inquiry.sketch is not None else self._likeness.sketch(inquiry.text)
         vector = self._no_vector
-        if cache.semantic in ("enforce", "certified"):
+        if cache.semantic in ("enforce", "certified") and self._likeness.ready:
             made = await asyncio.get_running_loop().run_in_executor(
                 self._executor, self._likeness.vector, inquiry.text, inquiry.partition
             )

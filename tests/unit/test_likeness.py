@@ -29,6 +29,19 @@ def shipped() -> ShippedLikeness:
     return made
 
 
+def test_what_cannot_be_loaded_is_told_and_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no file")
+
+    monkeypatch.setattr(likeness.Verifier, "load", missing)
+    made = ShippedLikeness(Classifier.load())
+    made.load()
+    assert not made.ready
+    assert "nothing is answered by likeness" in caplog.text
+
+
 def stored(shipped: ShippedLikeness, text: str, prompt: str, vector: bytes = b"") -> Stored:
     return Stored(prompt, float(shipped.sketch(text) @ shipped.sketch(prompt)), vector)
 
