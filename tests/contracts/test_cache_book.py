@@ -16,7 +16,7 @@ from sqlalchemy.engine import Engine
 from router.adapters.memory_cache_book import MemoryCacheBook
 from router.adapters.sql import cache_book as module
 from router.adapters.sql import schema
-from router.adapters.sql.cache_book import SqlCacheBook, first_day, first_id, invalidate, list_rules
+from router.adapters.sql.cache_book import Evidence, SqlCacheBook, first_day, first_id, invalidate, list_rules
 from router.adapters.sql.database import open_engine, writing
 from router.adapters.sql.ledger import Ledger, cache_label_row
 from router.adapters.sql.verify import verify
@@ -319,6 +319,15 @@ def test_old_labels_go_by_the_month_and_by_number(engine: Engine, monkeypatch: p
     fresh.refresh_now()
     assert 8 <= len(fresh.labels("c")) <= 10
     assert list(rig.sql.labels("c")) == list(fresh.labels("c"))
+
+
+def test_a_reader_keeps_what_it_took() -> None:
+    first, second, third = label("a"), label("b"), label("a")
+    before = Evidence([first])
+    after = before.with_more([second, third])
+    assert (list(before.all()), list(before.pool("c")), list(before.labels("b"))) == ([first], [first], [])
+    assert list(after.all()) == [first, second, third]
+    assert (list(after.labels("a")), list(after.pool("b"))) == ([first, third], [first])
 
 
 def test_the_window_moves_in_steps() -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from sys import intern
 from typing import Any
 
 import sqlalchemy as sa
@@ -140,36 +141,49 @@ def _rule(row: Any) -> Invalidation:
 # ---- a running gateway ----
 
 
-@dataclass(frozen=True, slots=True)
 class Evidence:
-    """Labels that the bound may use, in the order they were booked. Frozen: a reader keeps the one it took.
-
-    `starts`: where each scope's first label stands in `ordered`.
+    """Labels that the bound may use, in the order they were booked. Nothing in it changes for a reader, who sees
+    those that were there when he took it: later ones are behind `count`.
     """
 
-    ordered: tuple[CacheLabel, ...] = ()
-    by_scope: dict[str, tuple[CacheLabel, ...]] = field(default_factory=dict)
-    starts: dict[str, int] = field(default_factory=dict)
+    __slots__ = ("_by_scope", "_count", "_ordered", "_starts")
 
-    @classmethod
-    def of(cls, ordered: Sequence[CacheLabel]) -> Evidence:
-        by_scope: dict[str, list[CacheLabel]] = {}
-        starts: dict[str, int] = {}
-        for at, label in enumerate(ordered):
-            starts.setdefault(label.scope, at)
-            by_scope.setdefault(label.scope, []).append(label)
-        return cls(
-            ordered=tuple(ordered),
-            by_scope={scope: tuple(found) for scope, found in by_scope.items()},
-            starts=starts,
-        )
+    def __init__(self, labels: Sequence[CacheLabel] = ()) -> None:
+        self._ordered: list[CacheLabel] = []
+        self._count = 0
+        self._by_scope: dict[str, tuple[CacheLabel, ...]] = {}
+        self._starts: dict[str, int] = {}
+        self._add(labels)
 
     def labels(self, scope: str) -> Sequence[CacheLabel]:
-        return self.by_scope.get(scope, ())
+        return self._by_scope.get(scope, ())
 
     def pool(self, scope: str) -> Sequence[CacheLabel]:
-        start = self.starts.get(scope)
-        return self.ordered if start is None else self.ordered[:start]
+        return self._ordered[: self._starts.get(scope, self._count)]
+
+    def all(self) -> Sequence[CacheLabel]:
+        return self._ordered[: self._count]
+
+    def with_more(self, labels: Sequence[CacheLabel]) -> Evidence:
+        """The same and these, which cost what they are and not what is there. Only of the newest, by one thread."""
+        more = Evidence()
+        more._ordered, more._count = self._ordered, self._count
+        more._by_scope, more._starts = dict(self._by_scope), dict(self._starts)
+        more._add(labels)
+        return more
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _add(self, labels: Sequence[CacheLabel]) -> None:
+        added: dict[str, list[CacheLabel]] = {}
+        for at, label in enumerate(labels, self._count):
+            self._starts.setdefault(label.scope, at)
+            added.setdefault(label.scope, []).append(label)
+        for scope, more in added.items():
+            self._by_scope[scope] = (*self._by_scope.get(scope, ()), *more)
+        self._ordered.extend(labels)
+        self._count = len(self._ordered)
 
 
 def first_id(newest: int) -> int:
@@ -211,7 +225,7 @@ class SqlCacheBook:
         self._rules: dict[tuple[str, str], Invalidation] = {}
         self._newest_rule = 0
         self._reaches = 0.0
-        self._labels: list[tuple[int, CacheLabel]] = []
+        self._label_ids: list[int] = []
         self._newest_label = 0
         self._from: datetime | None = None
         self._invalidations = Invalidations()
@@ -229,10 +243,6 @@ class SqlCacheBook:
     @property
     def revision(self) -> int:
         return self._revision
-
-    @property
-    def evidence(self) -> Evidence:
-        return self._evidence
 
     def labels(self, scope: str) -> Sequence[CacheLabel]:
         return self._evidence.labels(scope)
@@ -338,28 +348,36 @@ class SqlCacheBook:
             )
             .order_by(table.c.id)
         )
-        found = [(row.id, _label(row)) for row in connection.execute(query)]
-        kept = [pair for pair in self._labels if pair[0] >= first and pair[1].at >= start]
-        changed = bool(found) or len(kept) != len(self._labels)
-        self._newest_label, self._from = newest, start
-        if changed:
-            self._labels = kept + found
-            self._evidence = Evidence.of([label for _, label in self._labels])
+        ids, found = [], []
+        for row in connection.execute(query):
+            ids.append(row.id)
+            found.append(_label(row))
+        evidence = self._evidence
+        if start != self._from or (self._label_ids and self._label_ids[0] < first):
+            pairs = zip(self._label_ids, evidence.all(), strict=True)
+            kept = [(id, label) for id, label in pairs if id >= first and label.at >= start]
+            evidence = Evidence([label for _, label in kept])
+            self._label_ids = [id for id, _ in kept]
+        if found:
+            evidence = evidence.with_more(found)
+            self._label_ids += ids
+        if found or len(evidence) != len(self._evidence):
             self._revision += 1
+        self._evidence, self._newest_label, self._from = evidence, newest, start
 
 
 def _label(row: Any) -> CacheLabel:
     return CacheLabel(
         request_id=row.request_id,
-        scope=row.scope,
+        scope=intern(row.scope),
         entry=row.entry,
         score=row.score,
         right=row.correct,
         propensity=row.propensity,
-        source=row.source,
+        source=intern(row.source),
         at=row.at,
-        key_id=row.key_id,
-        team=row.team,
-        app=row.app,
+        key_id=intern(row.key_id),
+        team=intern(row.team),
+        app=None if row.app is None else intern(row.app),
         comment=row.comment,
     )
