@@ -20,8 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 from router.core.cached import CacheBook, CacheCandidate, SemanticEntry, SemanticStore
 from router.core.errors import UnavailableError
 from router.core.ports import Clock
@@ -34,7 +32,7 @@ from router.stages.judge import comparable, readable
 from router.stages.likeness import Likeness, Ranking, Stored, Vector
 from router.stages.signals import signals_of
 from router.stages.telemetry import Telemetry
-from router.stages.vector_index import Near, VectorIndex
+from router.stages.vector_index import VectorIndex
 
 log = logging.getLogger("farthing")
 
@@ -168,7 +166,6 @@ class LikenessCache:
         self._waiting = 0
         self._load_asked = False
         self._effort = Effort(clock.monotonic())
-        self._nothing = np.zeros(likeness.dimensions, dtype=np.float32)
         self._no_vector = bytes(2 * likeness.dimensions)
         self._loading: OrderedDict[str, asyncio.Task[bool]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -359,7 +356,7 @@ class LikenessCache:
 
     async def _loaded(self, partition: str, patience: float | None) -> bool:
         """Whether this worker knows the partition's entries, after `patience` seconds at most (None: the store's)."""
-        if self._index.loaded(partition):
+        if self._index.ready(partition):
             return True
         task = self._loading.get(partition)
         if task is None:
@@ -372,30 +369,22 @@ class LikenessCache:
             entries = await self._store.load(partition)
             if entries is None:
                 return False
-            self._index.replace(
-                partition, entries
-            )  # no await in between: what is added meanwhile would be missed
-            return True
+            # No await in between: what is added meanwhile would be missed.
+            return await self._index.fill(partition, entries)
         finally:
             self._loading.pop(partition, None)
 
     def _near(self, exchange: Exchange, inquiry: Inquiry) -> list[tuple[SemanticEntry, float]]:
         """Entries near by sketch that may be served to this request, the nearest first."""
         inquiry.sketch = self._likeness.sketch(inquiry.text)
-        near: dict[str, Near] = {
-            one.entry_id: one for one in self._index.near(inquiry.partition, inquiry.sketch, NEAREST, FLOOR)
-        }
-        if not near:
-            return []
-        found = self._index.best(inquiry.partition, tuple(near.values()), self._nothing, len(near))
         rules = self._book.invalidations
         return [
-            (entry, near[entry.id].similarity)
-            for entry, _ in found
-            if entry.encoder_id == self._likeness.id
-            and entry.origin.model in exchange.policy.allow
-            and fresh(exchange, entry.stored_at)
-            and not rules.stale(entry.origin)
+            (near.entry, near.similarity)
+            for near in self._index.near(inquiry.partition, inquiry.sketch, NEAREST, FLOOR)
+            if near.entry.encoder_id == self._likeness.id
+            and near.entry.origin.model in exchange.policy.allow
+            and fresh(exchange, near.entry.stored_at)
+            and not rules.stale(near.entry.origin)
         ]
 
     # ---- keeping ----
@@ -456,9 +445,8 @@ class LikenessCache:
         if exchange.wishes.read_cache:
             known = inquiry.found.entry if inquiry.found is not None else None
             return [known.id] if known is not None and known.prompt == entry.prompt else []
-        near = self._index.near(entry.partition, sketch, floor=ALIKE)
-        found = self._index.best(entry.partition, near, self._nothing, len(near))
-        return [one.id for one, _ in found if one.prompt == entry.prompt and one.id != entry.id]
+        near = [one.entry for one in self._index.near(entry.partition, sketch, floor=ALIKE)]
+        return [one.id for one in near if one.prompt == entry.prompt and one.id != entry.id]
 
 
 # ---- what a request may be compared with ----

@@ -7,13 +7,14 @@ by the cache's encoder, comes from the float16 the store keeps. Everything else 
 entries of a partition have in common is kept once.
 
 Not a product of BLAS's gemv, whose threads cost milliseconds on a busy machine: `vecdot` is one short dot a row.
-Belongs to one event loop: nothing here awaits, and nothing locks.
+Belongs to one event loop, and nothing locks. Only `fill` awaits: a large partition is taken in step by step.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,13 @@ from router.core.ports import Clock
 
 Vector = NDArray[np.float32]
 
-MAX_BYTES = 96 * 1024 * 1024
+MAX_BYTES = 160 * 1024 * 1024
+"""About 110,000 entries; taken as partitions are asked about."""
 CANDIDATES = 8
-BEST = 5
 FLOOR = 0.55
 _CHUNK = 1024
+_STEP = 256
+"""Entries that are taken in before the event loop has its turn."""
 _SWEPT = 64
 # What Python takes beside arrays and texts, measured (benchmarks/semantic_lookup.py). Of a partition: its object,
 # tables and place in the index. Of a row: id, packed entry, the slots of three lists and a dict.
@@ -46,9 +49,11 @@ _read_own: msgspec.msgpack.Decoder[tuple[str, int, float, int, tuple[int, ...], 
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """An entry whose sketch is near. `similarity`: cosine of the sketches."""
+    """An entry whose sketch is near. `similarity`: cosine of the sketches. The entry's own sketch is empty: only int8
+    is left of it.
+    """
 
-    entry_id: str
+    entry: SemanticEntry
     similarity: float
 
 
@@ -67,6 +72,7 @@ class VectorIndex:
         self._sketch_dimensions = sketch_dimensions
         self._max_bytes = max_bytes
         self._partitions: OrderedDict[str, _Partition] = OrderedDict()
+        self._filling: dict[str, _Filling] = {}
         self._room = np.empty((_CHUNK, sketch_dimensions), dtype=np.float32)
         self.bytes = 0
         """Memory used, counted closely."""
@@ -79,15 +85,42 @@ class VectorIndex:
     def entries(self) -> int:
         return sum(partition.rows for partition in self._partitions.values())
 
-    def loaded(self, partition: str) -> bool:
+    def ready(self, partition: str) -> bool:
+        """Whether it can be searched."""
         return partition in self._partitions
 
-    def replace(self, partition: str, entries: Iterable[SemanticEntry]) -> None:
-        """From now on the partition holds these entries and is kept current by what is heard.
+    def loaded(self, partition: str) -> bool:
+        return partition in self._partitions or partition in self._filling
 
-        To miss nothing, call it right after the store's `load` returned, with no `await` between.
+    async def fill(self, partition: str, entries: Iterable[SemanticEntry]) -> bool:
+        """From when it is called the partition is kept current by what is heard; when it returns it holds these
+        entries and can be searched. To miss nothing, call it right after the store's `load` returned, with no `await`
+        between. False where all was forgotten meanwhile.
         """
+        filling = self._begin(partition)
+        try:
+            for _ in self._steps(filling, partition, entries):
+                await asyncio.sleep(0)
+            return self._finish(filling, partition)
+        finally:
+            if self._filling.get(partition) is filling:  # broken off
+                del self._filling[partition]
+
+    def replace(self, partition: str, entries: Iterable[SemanticEntry]) -> None:
+        """The same at once."""
+        filling = self._begin(partition)
+        for _ in self._steps(filling, partition, entries):
+            pass
+        self._finish(filling, partition)
+
+    def _begin(self, partition: str) -> _Filling:
         self._drop(partition)
+        filling = self._filling[partition] = _Filling(
+            _Partition(self._sketch_dimensions, self._dimensions), set()
+        )
+        return filling
+
+    def _steps(self, filling: _Filling, partition: str, entries: Iterable[SemanticEntry]) -> Iterator[None]:
         now = self._now()
         by_id = {entry.id: entry for entry in entries if entry.partition == partition}
         kept = [entry for entry in by_id.values() if self._fits(entry, now)]
@@ -96,17 +129,31 @@ class VectorIndex:
         row = 2 * self._dimensions + self._sketch_dimensions + _ROW_BYTES
         sizes = np.cumsum([row + len(entry.prompt) for entry in kept])
         kept = kept[: int(np.searchsorted(sizes, self._max_bytes // 2))]
-        fresh = _Partition(self._sketch_dimensions, self._dimensions, len(kept))
-        fresh.fill(kept)
-        self._partitions[partition] = fresh
-        self.bytes += fresh.size
+        filling.partition.reserve(len(kept))
+        for start in range(0, len(kept), _STEP):
+            yield
+            filling.take(kept[start : start + _STEP])
+
+    def _finish(self, filling: _Filling, partition: str) -> bool:
+        if self._filling.get(partition) is not filling:
+            return False
+        del self._filling[partition]
+        self._partitions[partition] = filling.partition
+        self.bytes += filling.partition.size
         self._bound()
+        return True
 
     def add(self, entry: SemanticEntry) -> None:
         """Nothing happens where the partition is not loaded. One of the same id is replaced."""
-        found = self._partitions.get(entry.partition)
         now = self._now()
-        if found is None or not self._fits(entry, now):
+        if not self._fits(entry, now):
+            return
+        if (filling := self._filling.get(entry.partition)) is not None:
+            filling.partition.add(entry)
+            filling.removed.discard(entry.id)
+            return
+        found = self._partitions.get(entry.partition)
+        if found is None:
             return
         before = found.size
         found.sweep(now)
@@ -115,6 +162,10 @@ class VectorIndex:
         self._bound()
 
     def remove(self, partition: str, entry_id: str) -> None:
+        if (filling := self._filling.get(partition)) is not None:
+            filling.partition.remove(entry_id)
+            filling.removed.add(entry_id)
+            return
         found = self._partitions.get(partition)
         if found is not None:
             before = found.size
@@ -124,6 +175,7 @@ class VectorIndex:
     def forget(self) -> None:
         """No partition is loaded any more."""
         self._partitions.clear()
+        self._filling.clear()
         self.bytes = 0
 
     # A SemanticListener.
@@ -143,24 +195,8 @@ class VectorIndex:
         before = found.size
         found.sweep(now)
         self.bytes += found.size - before
-        return found.near(np.asarray(sketch, dtype=np.float32), limit, floor, now, self._room)
-
-    def best(
-        self, partition: str, candidates: Sequence[Near], vector: Vector, limit: int = BEST
-    ) -> list[tuple[SemanticEntry, float]]:
-        """The candidates still there whose vectors are nearest, with the cosine, the highest first. `vector` is
-        float32 of length 1. The entries' own sketches are empty: only int8 is left of them.
-        """
-        found = self._partitions.get(partition)
-        if found is None:
-            return []
-        now = self._now()
-        rows = [row for near in candidates if (row := found.live_row(near.entry_id, now)) is not None]
-        if not rows:
-            return []
-        cosines = found.vectors[rows].astype(np.float32) @ np.asarray(vector, dtype=np.float32)
-        order = np.argsort(-cosines, kind="stable")
-        return [(found.entry(partition, rows[i]), float(cosines[i])) for i in order[:limit]]
+        nearest = found.near(np.asarray(sketch, dtype=np.float32), limit, floor, now, self._room)
+        return tuple(Near(found.entry(partition, row), similarity) for row, similarity in nearest)
 
     def _now(self) -> float:
         return self._clock.now().timestamp()
@@ -201,12 +237,12 @@ class _Partition:
         "vectors",
     )
 
-    def __init__(self, sketch_dimensions: int, dimensions: int, capacity: int) -> None:
+    def __init__(self, sketch_dimensions: int, dimensions: int) -> None:
         self.rows = 0
-        self._sketches = np.empty((capacity, sketch_dimensions), dtype=np.int8)
-        self._scales = np.empty(capacity, dtype=np.float32)
-        self._expires = np.empty(capacity, dtype=np.float64)
-        self.vectors = np.empty((capacity, dimensions), dtype=np.float16)
+        self._sketches = np.empty((0, sketch_dimensions), dtype=np.int8)
+        self._scales = np.empty(0, dtype=np.float32)
+        self._expires = np.empty(0, dtype=np.float64)
+        self.vectors = np.empty((0, dimensions), dtype=np.float16)
         self._soonest = float("inf")
         self._ids: list[str] = []
         self._rows: dict[str, int] = {}
@@ -226,17 +262,29 @@ class _Partition:
             + _COMMON_BYTES * len(self._commons)
         )
 
-    def fill(self, entries: Sequence[SemanticEntry]) -> None:
-        """Many at once into an empty one, no id twice: a third of the time."""
+    def reserve(self, more: int) -> None:
+        """Room for that many rows more, so that taking them in copies none."""
+        if self.rows + more > len(self._scales):
+            self._grow(self.rows + more)
+
+    def extend(self, entries: Sequence[SemanticEntry]) -> None:
+        """Many at once, none of which it has, no id twice: a third of the time."""
+        if not entries:
+            return
+        self.reserve(len(entries))
+        start = self.rows
         for entry in entries:
             self._append(entry.id, *self._packed(entry))
-        if entries:
-            sketches = np.frombuffer(b"".join(entry.sketch for entry in entries), dtype="<f2")
-            self._quantise(slice(0, self.rows), sketches.reshape(self.rows, -1))
-            vectors = np.frombuffer(b"".join(entry.vector for entry in entries), dtype="<f2")
-            self.vectors[:] = vectors.reshape(self.rows, -1)
-            self._expires[:] = [entry.expires_at for entry in entries]
-            self._soonest = float(self._expires.min())
+        rows = slice(start, self.rows)
+        sketches = np.frombuffer(b"".join(entry.sketch for entry in entries), dtype="<f2")
+        self._quantise(rows, sketches.reshape(len(entries), -1))
+        vectors = np.frombuffer(b"".join(entry.vector for entry in entries), dtype="<f2")
+        self.vectors[rows] = vectors.reshape(len(entries), -1)
+        self._expires[rows] = [entry.expires_at for entry in entries]
+        self._soonest = min(self._soonest, float(self._expires[rows].min()))
+
+    def __contains__(self, entry_id: str) -> bool:
+        return entry_id in self._rows
 
     def add(self, entry: SemanticEntry) -> None:
         row = self._rows.get(entry.id)
@@ -244,7 +292,7 @@ class _Partition:
         if row is None:
             row = self.rows
             if row == len(self._scales):
-                self._grow()
+                self._grow(row + row // 2 + 1)
             self._append(entry.id, own, common)
         else:
             self._own_bytes += len(own) - len(self._own[row])
@@ -278,7 +326,9 @@ class _Partition:
             self.remove(entry_id)
         self._soonest = float(self._expires[: self.rows].min(initial=np.inf))
 
-    def near(self, sketch: Vector, limit: int, floor: float, now: float, room: Vector) -> tuple[Near, ...]:
+    def near(
+        self, sketch: Vector, limit: int, floor: float, now: float, room: Vector
+    ) -> list[tuple[int, float]]:
         rows = self.rows
         scores = np.empty(rows, dtype=np.float32)
         for start in range(0, rows, len(room)):
@@ -292,11 +342,7 @@ class _Partition:
         if len(found) > limit:
             found = found[np.argpartition(-scores[found], limit - 1)[:limit]]
         found = found[np.argsort(-scores[found], kind="stable")]
-        return tuple(Near(self._ids[row], float(scores[row])) for row in found)
-
-    def live_row(self, entry_id: str, now: float) -> int | None:
-        row = self._rows.get(entry_id)
-        return None if row is None or self._expires[row] <= now else row
+        return [(int(row), float(scores[row])) for row in found]
 
     def entry(self, partition: str, row: int) -> SemanticEntry:
         prompt, generation, stored_at, body_bytes, usage, cost = _read_own.decode(self._own[row])
@@ -343,13 +389,26 @@ class _Partition:
         self._sketches[rows] = np.rint(exact / scales[:, np.newaxis])
         self._scales[rows] = scales
 
-    def _grow(self) -> None:
-        capacity = self.rows + self.rows // 2 + 1
+    def _grow(self, capacity: int) -> None:
         for name in ("_sketches", "_scales", "_expires", "vectors"):
             old = getattr(self, name)
             new = np.empty((capacity, *old.shape[1:]), dtype=old.dtype)
             new[: self.rows] = old
             setattr(self, name, new)
+
+
+@dataclass(slots=True)
+class _Filling:
+    """A partition that is being taken in. `removed`: what was taken back meanwhile."""
+
+    partition: _Partition
+    removed: set[str]
+
+    def take(self, entries: Sequence[SemanticEntry]) -> None:
+        # What was heard meanwhile is newer.
+        self.partition.extend(
+            [entry for entry in entries if entry.id not in self.removed and entry.id not in self.partition]
+        )
 
 
 def _packed(entry: SemanticEntry) -> tuple[bytes, tuple[Any, ...]]:

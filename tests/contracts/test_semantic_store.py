@@ -310,12 +310,10 @@ async def test_listeners_hear_what_is_put(store: SemanticStore, tenant: str, par
     await written(store)
     assert heard.entries == {entry.id: entry for entry in entries}
     near = index.near(partition, unit(3, 256))
-    assert near[0].entry_id == entries[3].id
-    ((best, cosine), *_) = index.best(partition, near, unit(3, 384))
-    assert replace(best, sketch=entries[3].sketch) == entries[3]
-    assert cosine == pytest.approx(1.0, abs=1e-3)
+    assert replace(near[0].entry, sketch=entries[3].sketch) == entries[3]
+    assert near[0].similarity == pytest.approx(1.0, abs=5e-3)
     await store.remove_entry(entries[3].id)
-    assert all(one.entry_id != entries[3].id for one in index.near(partition, unit(3, 256), floor=-1.0))
+    assert all(one.entry.id != entries[3].id for one in index.near(partition, unit(3, 256), floor=-1.0))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tracemalloc
 from dataclasses import replace
 
@@ -65,10 +66,9 @@ def test_entries_come_back_as_they_were(index: VectorIndex) -> None:
     for entry in entries[10:]:
         index.add(entry)
     for i, entry in enumerate(entries):
-        near = index.near("p", unit(i, SKETCH), limit=1)
-        ((found, cosine),) = index.best("p", near, unit(i, VECTOR))
-        assert replace(found, sketch=entry.sketch) == entry
-        assert cosine == pytest.approx(1.0, abs=2e-3)
+        (near,) = index.near("p", unit(i, SKETCH), limit=1)
+        assert replace(near.entry, sketch=entry.sketch) == entry
+        assert near.similarity == pytest.approx(1.0, abs=2e-2)
 
 
 def test_only_loaded_partitions_are_kept_and_searched(index: VectorIndex) -> None:
@@ -80,8 +80,7 @@ def test_only_loaded_partitions_are_kept_and_searched(index: VectorIndex) -> Non
     assert index.loaded("p")
     assert index.near("p", unit(2, SKETCH), floor=-1.0) == ()
     near = index.near("q", unit(2, SKETCH), floor=-1.0)
-    assert [one.entry_id for one in near] == ["id-2"]
-    assert index.best("p", near, unit(2, VECTOR)) == []
+    assert [one.entry.id for one in near] == ["id-2"]
     index.forget()
     assert not index.loaded("q")
     assert (index.entries, index.partitions, index.bytes) == (0, 0, 0)
@@ -90,10 +89,9 @@ def test_only_loaded_partitions_are_kept_and_searched(index: VectorIndex) -> Non
 def test_what_has_expired_is_not_returned_and_swept(index: VectorIndex, clock: ManualClock) -> None:
     index.replace("p", [entry_of(i, ends=10.0 + i) for i in range(300)])
     near = index.near("p", unit(5, SKETCH))
-    assert near[0].entry_id == "id-5"
+    assert near[0].entry.id == "id-5"
     clock.advance(16)
-    assert all(int(one.entry_id[3:]) > 6 for one in index.near("p", unit(5, SKETCH), 300, -1.0))
-    assert all(entry.id != "id-5" for entry, _ in index.best("p", near, unit(5, VECTOR), 8))
+    assert all(int(one.entry.id[3:]) > 6 for one in index.near("p", unit(5, SKETCH), 300, -1.0))
     assert index.entries == 293
     clock.advance(300)
     # A bounded number is swept at a time, none of the others is returned.
@@ -131,9 +129,9 @@ def test_it_holds_what_a_plain_search_holds(data: st.DataObject) -> None:
     truth = {
         id: float(np.frombuffer(entry.sketch, "<f2").astype(np.float32) @ asked) for id, entry in kept.items()
     }
-    assert {one.entry_id for one in found} == set(kept)
+    assert {one.entry.id for one in found} == set(kept)
     for one in found:
-        assert one.similarity == pytest.approx(truth[one.entry_id], abs=0.02)
+        assert one.similarity == pytest.approx(truth[one.entry.id], abs=0.02)
     assert [one.similarity for one in found] == sorted((one.similarity for one in found), reverse=True)
     few = index.near("p", asked, 3, 0.1)
     assert few == tuple(one for one in found if one.similarity >= 0.1)[:3]
@@ -156,8 +154,51 @@ def test_memory_is_bounded_and_the_least_recently_used_partition_goes(clock: Man
     index.replace("huge", [entry_of(i, "huge") for i in range(2000)])
     assert index.bytes <= 100_000
     assert 80 < index.entries < 2000
-    assert index.near("huge", unit(1999, SKETCH))[0].entry_id == "id-1999"
-    assert all(one.entry_id != "id-0" for one in index.near("huge", unit(0, SKETCH)))
+    assert index.near("huge", unit(1999, SKETCH))[0].entry.id == "id-1999"
+    assert all(one.entry.id != "id-0" for one in index.near("huge", unit(0, SKETCH)))
+
+
+async def test_a_large_partition_is_taken_in_step_by_step(clock: ManualClock) -> None:
+    index = VectorIndex(clock, VECTOR, SKETCH)
+    task = asyncio.create_task(index.fill("p", [entry_of(i) for i in range(1000)]))
+    await asyncio.sleep(0)
+    assert index.loaded("p")
+    assert not index.ready("p")
+    assert index.near("p", unit(1, SKETCH), floor=-1.0) == ()
+    # What happens meanwhile counts, whether its place has been read by then or not.
+    for number in (0, 999):
+        index.remove("p", f"id-{number}")
+    changed = replace(entry_of(5), cost=77)
+    index.add(changed)
+    index.add(entry_of(2000))
+    assert not task.done()
+    assert await task
+    assert index.ready("p")
+    assert index.entries == 999
+    found = {one.entry.id: one.entry for one in index.near("p", unit(1, SKETCH), 2000, -1.0)}
+    assert len(found) == 999
+    assert "id-2000" in found
+    assert found.keys().isdisjoint({"id-0", "id-999"})
+    assert found["id-5"].cost == 77
+    assert found["id-400"] == replace(entry_of(400), sketch=b"")
+
+
+@pytest.mark.parametrize("ends", ["forgotten", "broken off", "begun anew"])
+async def test_what_is_forgotten_while_it_is_taken_in_is_not_there(clock: ManualClock, ends: str) -> None:
+    index = VectorIndex(clock, VECTOR, SKETCH)
+    task = asyncio.create_task(index.fill("p", [entry_of(i) for i in range(1000)]))
+    await asyncio.sleep(0)
+    if ends == "forgotten":
+        index.forget()
+    elif ends == "broken off":
+        task.cancel()
+    else:
+        index.replace("p", [entry_of(1)])
+    assert await asyncio.gather(task, return_exceptions=True) != [True]
+    assert index.loaded("p") == index.ready("p") == (ends == "begun anew")
+    assert index.entries == (ends == "begun anew")
+    if ends != "begun anew":
+        assert index.bytes == 0
 
 
 def test_adding_does_not_copy_all(clock: ManualClock) -> None:
