@@ -40,7 +40,6 @@ class Question(Struct, frozen=True):
 
     needs: frozenset[str]
     parameters: frozenset[str]
-    stream: bool
     choices: int
     input_tokens: int
     output_tokens: int
@@ -281,7 +280,12 @@ def _automatic(
     order = [choice, *backups][:max_attempts]
     unproven: tuple[str, ...] = ()
     if floor is not None:
-        lacking = [name for name in feasible if name in floor.missing and name != choice]
+        # A model without a prior is never chosen, so labels of it would be bought for nothing.
+        lacking = [
+            name
+            for name in feasible
+            if name in floor.missing and name != choice and candidates[name].success is not None
+        ]
         unproven = tuple(sorted(lacking, key=lambda name: _price_order(candidates[name])))
     return Plan(tuple(order), reason, dropped, tuple(candidates.values()), propensity, notes, unproven)
 

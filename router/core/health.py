@@ -91,7 +91,6 @@ class _Observations:
     rate: float | None = None
     computed_at: float = -1.0
     percentile: float | None = None
-    count: int = 0
     changed: bool = False
 
     def add(self, now: float, seconds: float) -> None:
@@ -101,14 +100,13 @@ class _Observations:
     def add_rate(self, tokens_per_second: float) -> None:
         self.rate = tokens_per_second if self.rate is None else 0.9 * self.rate + 0.1 * tokens_per_second
 
-    def p95(self, now: float) -> tuple[float | None, int]:
+    def p95(self, now: float) -> float | None:
         if now - self.computed_at < 0.1:
-            return self.percentile, self.count
+            return self.percentile
         self.computed_at = now
         while self.values and now - self.values[0][0] > FORGET:
             self.values.popleft()
         recent = [seconds for at, seconds in self.values if now - at <= WINDOW]
-        self.count = len(recent)
         if len(recent) >= ENOUGH:
             recent.sort()
             self.percentile = recent[min(len(recent) - 1, int(0.95 * len(recent)))]
@@ -116,7 +114,7 @@ class _Observations:
             self.percentile = max(seconds for _, seconds in list(self.values)[-RECENT:])
         else:
             self.percentile = None
-        return self.percentile, self.count
+        return self.percentile
 
 
 class Health:
@@ -139,13 +137,12 @@ class Health:
         if breaker is not None and not breaker.available(now):
             available, reason = False, f"provider {provider} cannot be reached"
         latency = self._latency.get(model)
-        p95, count = latency.p95(now) if latency is not None else (None, 0)
+        p95 = latency.p95(now) if latency is not None else None
         return LiveStatus(
             available=available,
             reason=reason,
             first_token_p95=p95,
             tokens_per_second=self.tokens_per_second(model),
-            observations=count,
             warm=conversation is not None and self._is_warm(conversation, model, now),
         )
 

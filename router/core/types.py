@@ -279,5 +279,4 @@ class LiveStatus(Struct, frozen=True):
     reason: str = ""
     first_token_p95: float | None = None
     tokens_per_second: float | None = None
-    observations: int = 0
     warm: bool = False

@@ -153,7 +153,6 @@ def _question(exchange: Exchange, verdict: Verdict | None) -> Question:
     return Question(
         needs=request.needs,
         parameters=request.parameters,
-        stream=request.stream,
         choices=request.choices,
         input_tokens=request.input_tokens,
         output_tokens=verdict.output_tokens if verdict is not None else DEFAULT_OUTPUT_TOKENS,

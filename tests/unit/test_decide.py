@@ -86,7 +86,6 @@ def question(**changes: Any) -> Question:
     asked = Question(
         needs=frozenset(),
         parameters=frozenset(),
-        stream=True,
         choices=1,
         input_tokens=100,
         output_tokens=100,
