@@ -27,6 +27,7 @@ from router.core.catalogue import (
 )
 from router.core.document import Document
 from router.core.errors import InvalidRequest
+from router.core.learning import BUDGET
 from router.core.policy import (
     AtLimit,
     BudgetLimit,
@@ -275,6 +276,8 @@ class CompiledSnapshot:
         organisation = _limit("organisation", self.policy.organisation.budget, ())
         if organisation is not None:
             found.setdefault(organisation.key, organisation)
+        if self.learn is not None and self.learn.budget is not None:
+            found[BUDGET] = BudgetLimit(BUDGET, self.learn.budget, self.learn.budget, "refuse")
         return tuple(found.values()), period
 
     def _budgets(

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from classifiers.success_features import PromptFeatures
 
 
+BUDGET = "learn"
+"""The budget that shadow answers and judges are paid from."""
+OWN_CALLS = "learn."
+"""How endpoints of calls begin that the gateway makes of its own to learn: a team's cost, no request of its apps."""
+
+
 @dataclass(frozen=True, slots=True)
 class Label:
     """How good one model's answer to one request was: `score` 0..1, `weight` how far that is to be believed.

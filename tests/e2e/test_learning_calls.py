@@ -149,6 +149,7 @@ def test_a_judge_labels_a_shadow_answer(start_gateway: Start, provider: Provider
     (line,) = report["rows"]
     calls = provider.log()
     assert sorted(call["model"] for call in calls) == ["frontier"] * 2 + ["middle"] * 2 + ["small"] * 2
+    assert line["requests"] == len(asked)  # what the gateway asks of its own is cost, and no request
     assert Decimal(str(line["cost_usd"])) == sum(cost_of(call, PRICES[call["model"]]) for call in calls)
 
 
@@ -163,6 +164,10 @@ def test_an_exhausted_budget_stops_shadows_and_no_request(start_gateway: Start, 
     assert 0 < len(rows(gateway, "learn.shadow")) < 12
     assert len(rows(gateway, "chat.completions")) == 12
     verified(gateway)
+    told = json.loads(gateway.cli("report", "budgets", "--format", "json").stdout)
+    (learn,) = [row for row in told["rows"] if row["budget"] == "learn"]
+    assert (learn["limit_usd"], learn["hard_cap_usd"]) == (0.0845, 0.0845)
+    assert 0 < learn["spent_usd"] <= 0.0845
 
 
 def test_kill_9_in_a_shadow_leaves_consistent_rows(start_gateway: Start, provider: Provider) -> None:

@@ -34,7 +34,7 @@ from router.adapters.sql.schema import (
 )
 from router.core.cached import CacheLabel
 from router.core.errors import ConfigurationError
-from router.core.learning import Label
+from router.core.learning import OWN_CALLS, Label
 from router.core.types import BudgetWindow, PriceRecord, RequestRecord
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,10 @@ def budget_period(record: RequestRecord) -> str:
 
 
 def rollup_sums(record: RequestRecord) -> tuple[int, ...]:
-    """What a request adds, in the order of `ROLLUP_SUMS`."""
+    """What a request adds, in the order of `ROLLUP_SUMS`. A call to learn from adds its cost and tokens, and counts
+    neither as a request nor as one that failed.
+    """
+    asked = not record.endpoint.startswith(OWN_CALLS)
     saving: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     if record.baseline is not None and record.cost is not None:
         saving = (
@@ -94,10 +97,10 @@ def rollup_sums(record: RequestRecord) -> tuple[int, ...]:
             record.overhead or 0,
         )
     return (
-        1,
+        int(asked),
         int(record.estimated),
         int(record.unpriced),
-        int(record.status == "failed"),
+        int(asked and record.status == "failed"),
         *record.usage.quantities(),
         record.cost or 0,
         *saving,

@@ -35,6 +35,7 @@ from router.adapters.sql.schema import (
 from router.adapters.sql.spend import journalled_ids
 from router.adapters.sql.writer import REJECTED_FILE
 from router.core.errors import ConfigurationError
+from router.core.learning import OWN_CALLS
 from router.core.policy import BudgetLimit
 from router.core.types import NANO_PER_USD
 
@@ -84,7 +85,8 @@ def spend_report(
     since: datetime | None = None,
     until: datetime | None = None,
 ) -> Report:
-    """What was spent. `cost_usd` includes adjustments and leaves out what is unpriced (counted apart).
+    """What was spent. `cost_usd` includes adjustments and leaves out what is unpriced (counted apart). Calls the
+    gateway makes to learn from cost, and are not counted as requests.
 
     Raises ConfigurationError for an unknown dimension, UnavailableError when SQL does not answer.
     """
@@ -309,11 +311,12 @@ def _raw_query(
 ) -> sa.Select[Any]:
     row = requests.c
     compared = sa.and_(row.cost.is_not(None), row.baseline.is_not(None))
+    asked = row.endpoint.not_like(f"{OWN_CALLS}%")
     sums = {
-        "requests": sa.func.count(),
+        "requests": count_of(asked),
         "estimated": count_of(row.estimated),
         "unpriced": count_of(row.unpriced),
-        "failed": count_of(row.status == "failed"),
+        "failed": count_of(sa.and_(asked, row.status == "failed")),
         **{name: sa.func.sum(row[name]) for name in TOKEN_COLUMNS},
         "cost": sa.func.sum(row.cost),
         "saving_requests": count_of(compared),

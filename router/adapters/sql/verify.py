@@ -36,6 +36,7 @@ from router.adapters.sql.schema import (
     spend_rollup,
 )
 from router.adapters.sql.spend import journalled_ids
+from router.core.learning import OWN_CALLS
 from router.core.pricing import divided, nano
 
 BATCH = 1000
@@ -254,11 +255,12 @@ def _add_to_rollup(rollup: dict[tuple[str, ...], list[int]], row: RowMapping) ->
     )
     compared = row["cost"] is not None and row["baseline"] is not None
     saving = [row[name] or 0 if compared else 0 for name in _SUM_COLUMNS]
+    asked = not row["endpoint"].startswith(OWN_CALLS)
     added = (
-        1,
+        int(asked),
         int(row["estimated"]),
         int(row["unpriced"]),
-        int(row["status"] == "failed"),
+        int(asked and row["status"] == "failed"),
         *(row[name] for name in TOKEN_COLUMNS),
         row["cost"] or 0,
         int(compared),
