@@ -35,11 +35,13 @@ from classifiers.encoder import DATA_DIRECTORY, Encoder, MiniLMEncoder, StaticEn
 from classifiers.head import CLASSES, PLACE, Head, border_distance, class_of, joined, placed
 
 VERSION = "3"
-REGULARISATION = (0.003, 0.005, 0.01)
+REGULARISATION = (0.002, 0.003, 0.005)
 # How much the vector counts beside the features, before regularisation.
 VECTOR_WEIGHT = 0.6
 # How much a direction in which a prompt and its paraphrases differ is held back.
 STEADINESS = 1.0
+# Regularisation draws all difficulties to the middle, where the borders are: the scores are stretched by this.
+STRETCH = 2.0
 # Of the scatter of those differences, what is added to every direction when prompts are placed.
 PLACE_FLOOR = 0.5
 INNER_FOLDS = 5
@@ -222,8 +224,8 @@ def fit_linear(lesson: Lesson, regularisation: float) -> Linear:
     classes = LogisticRegression(C=regularisation, class_weight="balanced", max_iter=1000, tol=1e-4)
     classes.fit(scaled, lesson.prompts.classes[labelled])
     tokens = Ridge(alpha=0.5 / regularisation).fit(scaled, lesson.prompts.log_tokens[labelled])
-    weights = turn @ np.column_stack([classes.coef_.T, tokens.coef_])
-    bias = np.append(classes.intercept_, tokens.intercept_) - scaler.mean_ @ weights
+    weights = turn @ np.column_stack([STRETCH * classes.coef_.T, tokens.coef_])
+    bias = np.append(STRETCH * classes.intercept_, tokens.intercept_) - scaler.mean_ @ weights
     return Linear(np.asarray(weights), np.asarray(bias))
 
 
