@@ -604,6 +604,13 @@ def _request_lines(found: Mapping[str, Any]) -> Iterable[str]:
         yield "No provider was called."
     yield ""
     yield from _money_lines(money)
+    for label in found["labels"]:
+        said = f": {_text(label['comment'])}" if label["comment"] else ""
+        corrected = "" if label["counts"] else ", corrected since"
+        yield (
+            f"Label      {label['model']} {label['score']:g} by {label['source']} (weight {label['weight']:g}"
+            f"{corrected}){said}"
+        )
 
 
 def _money_lines(money: Mapping[str, Any]) -> Iterable[str]:

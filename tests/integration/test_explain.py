@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from sqlalchemy.engine import Engine
 
 from router.adapters.journal import JournalFile
 from router.adapters.sql.database import open_engine
+from router.adapters.sql.labels import keep_feedback
 from router.adapters.sql.ledger import Ledger, adjust
 from router.cli import main
 from router.core.errors import ConfigurationError, ModelNotFound, UnavailableError
-from router.core.types import RequestRecord, Usage
+from router.core.types import Caller, RequestRecord, Usage
 from router.explain import explain_prompt, explain_request
 from router.settings import Settings, read_settings
-from tests.contracts.ledger_records import OPENED, candidate, new_id, opened, settled
+from tests.contracts.ledger_records import OPENED, candidate, labelled, new_id, opened, settled
 from tests.values import replace
 
 pytest_plugins = ["tests.contracts.sql_databases"]
@@ -282,6 +283,28 @@ def test_an_unpriced_request_has_no_made_up_figures(engine: Engine, tmp_path: Pa
     text = explain_request(engine, tmp_path, whole.id, json_form=False)
     assert "Cost       unpriced" in text
     assert "Savings    unknown" in text
+
+
+def test_the_labels_of_a_request(engine: Engine, tmp_path: Path) -> None:
+    plain = settled(new_id())
+    record = book(engine, replace(plain, labels=(labelled(plain),)))
+    assert plain.served_model is not None
+    caller = Caller(plain.key_id, plain.team)
+    for score, comment in ((1.0, None), (0.25, "cites \x1b[2J nothing")):
+        assert keep_feedback(engine, caller, record, score, comment, OPENED + timedelta(seconds=score + 1))
+    found = read(engine, tmp_path, record)["labels"]
+    assert {(row["source"], row["score"], row["counts"]) for row in found} == {
+        ("refusal", 0.0, True),
+        ("feedback", 1.0, False),
+        ("feedback", 0.25, True),
+    }
+    lines = explain_request(engine, tmp_path, record, json_form=False).splitlines()
+    told = {line for line in lines if line.startswith("Label")}
+    assert told == {
+        f"Label      {plain.served_model} 0 by refusal (weight 0.5)",
+        f"Label      {plain.served_model} 1 by feedback (weight 1, corrected since)",
+        f"Label      {plain.served_model} 0.25 by feedback (weight 1): cites ?[2J nothing",
+    }
 
 
 def test_a_callers_text_cannot_drive_the_terminal(engine: Engine, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from router.adapters.sql.schema import (
     attempts,
     cache_candidates,
     cost_lines,
+    labels,
     price_records,
     requests,
 )
@@ -105,8 +106,12 @@ def _read(engine: Engine, request_id: str) -> dict[str, Any] | None:
                 sa.select(cache_candidates).where(cache_candidates.c.request_id == request_id)
             )
             candidate = found.mappings().first()
+            said = connection.execute(
+                sa.select(labels).where(labels.c.request_id == request_id).order_by(labels.c.at, labels.c.id)
+            )
             tried = _attempts(connection, request_id)
-            return _described(row, tried, corrections.mappings().all(), candidate)
+            known = _described(row, tried, corrections.mappings().all(), candidate)
+            return {**known, "labels": _labels(said.mappings().all())}
     except SQLAlchemyError as error:
         raise unavailable(error) from None
 
@@ -241,6 +246,28 @@ def _described(
             "potential_usd": _usd(row["potential_savings"]),
         },
     }
+
+
+def _labels(rows: Sequence[RowMapping]) -> list[dict[str, Any]]:
+    """What is known of the answers' worth, the earliest first; `counts`: False where its key has corrected it."""
+    newest: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        key = (row["model"], row["source"], row["key_id"])
+        newest[key] = max(newest.get(key, row["revision"]), row["revision"])
+    return [
+        {
+            "model": row["model"],
+            "score": row["score"],
+            "weight": row["weight"],
+            "source": row["source"],
+            "propensity": row["propensity"],
+            "at": row["at"],
+            "key_id": row["key_id"],
+            "comment": row["comment"],
+            "counts": row["revision"] == newest[row["model"], row["source"], row["key_id"]],
+        }
+        for row in rows
+    ]
 
 
 def _likeness(candidate: RowMapping) -> dict[str, Any]:
