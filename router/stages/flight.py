@@ -77,11 +77,13 @@ class FlightLost(Exception):
 class Flight:
     """Start it with `start`; read it through `subscribe`. `key` is None for a call nobody else may join. `leader` is
     the request that makes the call and books it; None: one of another worker does, or the answer was `stored`.
-    `drain`: the call goes on when its last reader leaves.
+    `drain`: the call goes on when its last reader leaves. `generation`: the newest rule against stored answers known
+    when it began; an answer in the making is of no more use than a stored one once a newer rule is made.
     """
 
     def __init__(self, key: str | None, leader: Exchange) -> None:
         self.key = key
+        self.generation = leader.generation
         self.leader: Exchange | None = leader
         self.stored: StoredAnswer | None = None
         self.alike: CacheCandidate | None = None
@@ -351,9 +353,12 @@ class Flights:
     def __len__(self) -> int:
         return len(self._flights)
 
-    def joinable(self, key: str | None) -> Flight | None:
+    def joinable(self, key: str | None, generation: int) -> Flight | None:
+        """None as well where a rule newer than the call is known, by its `generation`."""
         flight = self._flights.get(key) if key is not None else None
-        return flight if flight is not None and flight.joinable else None
+        if flight is None or not flight.joinable or flight.generation < generation:
+            return None
+        return flight
 
     def start(
         self,

@@ -45,7 +45,7 @@ class Sharing:
             return False
         over: CallElsewhere | None = None
         for _ in range(ROUNDS):
-            elsewhere = await self._board.claim(key, flight, over)
+            elsewhere = await self._board.claim(_call(key, flight), flight, over)
             if elsewhere is None:
                 # Whoever was held up since it looked in the cache may have missed all of a call.
                 late = over is None and self._clock.monotonic() - exchange.started > RECENT
@@ -60,7 +60,7 @@ class Sharing:
     def landed(self, flight: Flight, stored: bool) -> None:
         """The flight has ended. `stored`: its answer was given to the cache."""
         if flight.key is not None:
-            self._board.landed(flight.key, flight, stored)
+            self._board.landed(_call(flight.key, flight), flight, stored)
 
     async def _found(self, key: str, exchange: Exchange, flight: Flight, pauses: tuple[float, ...]) -> bool:
         for pause in pauses:
@@ -102,6 +102,11 @@ class Sharing:
         if flight.head is None:
             flight.leader = leader
         return flight.head is not None
+
+
+def _call(key: str, flight: Flight) -> str:
+    """Names the call on the board. After a new rule against stored answers the same request is another call."""
+    return f"{key}:{flight.generation}"
 
 
 def _longest(exchange: Exchange) -> float:

@@ -35,6 +35,7 @@ class Call:
         leader = SimpleNamespace(
             id="the-leader",
             prompt_class="simple",
+            generation=0,
             request=SimpleNamespace(stream=stream),
             status="complete",
             record=record,

@@ -20,7 +20,7 @@ Run = Callable[[Exchange, Flight], Awaitable[None]]
 
 
 def leader() -> Exchange:
-    return cast(Exchange, SimpleNamespace(request=SimpleNamespace(stream=True)))
+    return cast(Exchange, SimpleNamespace(request=SimpleNamespace(stream=True), generation=0))
 
 
 def fly(run: Run, landed: list[Flight] | None = None) -> Flight:
@@ -206,9 +206,10 @@ async def test_flights_forget_what_has_landed() -> None:
 
     flight = flights.start("key", leader(), run, lambda *_: None)
     subscription = flight.subscribe()
-    assert flights.joinable("key") is flight
-    assert flights.joinable("other") is None
-    assert flights.joinable(None) is None
+    assert flights.joinable("key", 0) is flight
+    assert flights.joinable("other", 0) is None
+    assert flights.joinable(None, 0) is None
+    assert flights.joinable("key", 1) is None, "a rule was made since it began"
     await read(subscription)
     assert len(flights) == 0
 
