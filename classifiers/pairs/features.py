@@ -107,8 +107,12 @@ class PairFeatures:
             grams=frozenset(joined[i : i + 3] for i in range(max(len(joined) - 2, 1))),
         )
 
-    def compare(self, a: ReadPrompt, b: ReadPrompt, cosine: float) -> NDArray[np.float32]:
-        """Return the features, shape (len(names()),). `cosine`: of the prompts' vectors by the cache's encoder."""
+    def compare(
+        self, a: ReadPrompt, b: ReadPrompt, cosine: float, reasons: tuple[str, ...] | None = None
+    ) -> NDArray[np.float32]:
+        """Return the features, shape (len(names()),). `cosine`: of the prompts' vectors by the cache's encoder;
+        `reasons`: what the guard finds, where that is known.
+        """
         x, y = a.reading, b.reading
         lexicon = self._lexicon
         out: list[float] = [cosine, float(a.static @ b.static)]
@@ -204,7 +208,8 @@ class PairFeatures:
         else:
             out += [0.0, np.nan, np.nan, np.nan, np.nan]
 
-        reasons = guard.reasons(x, y)
+        if reasons is None:
+            reasons = guard.reasons(x, y)
         out += [float(reason in reasons) for reason in guard.REASONS]
         out.append(float(len(reasons)))
         vocabulary_a, vocabulary_b = x.vocabulary, y.vocabulary
@@ -275,13 +280,16 @@ def _ends(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[int, int]:
     return prefix, suffix
 
 
+TURNING = ("un", "dis", "non", "in", "im", "il", "ir")
+
+
 def _negative(word: str, lexicon: Lexicon) -> bool:
     """Tell whether a word turns or belittles: "worst", "avoid", "unsuitable"."""
     if word in guard.NEGATIVE or word in guard.NEGATIONS:
         return True
-    return any(
+    return word.startswith(TURNING) and any(
         word.startswith(prefix) and len(word) > len(prefix) + 3 and lexicon.known(word[len(prefix) :])
-        for prefix in ("un", "dis", "non", "in", "im", "il", "ir")
+        for prefix in TURNING
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ MISSING = -9.0
 # Reasons that refuse whatever the verifier thinks. The others are weighed: "not" and "only" also turn up in
 # honest rewordings.
 REFUSING = frozenset(("number", "date", "order", "format", "rest"))
+COSINE = features.names().index("cosine")
 # What `enforce` assumes: of three candidates one is a trap. A scope's own share is measured in `certified` mode.
 TRAP_SHARE = 1 / 3
 # How high the cosine of two prompts by MiniLM gets at a cosine by the static encoder: no pair of 5,553 lies above by
@@ -42,31 +43,25 @@ class Trees:
     """Trees laid out one after the other. Node i goes to `children[2 i]` if x[feature] <= threshold, else to the
     next entry; a leaf leads to itself and carries `value`. `roots`: the first node of each tree."""
 
-    feature: NDArray[np.int32]
+    feature: NDArray[np.integer[Any]]
     threshold: NDArray[np.float32]
-    children: NDArray[np.int32]
+    children: NDArray[np.integer[Any]]
     value: NDArray[np.float32]
-    roots: NDArray[np.int32]
+    roots: NDArray[np.integer[Any]]
     depth: int
     offset: float
 
     def scores(self, table: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the log-odds of every row of `table`, shape (rows, features)."""
         filled = np.nan_to_num(table, nan=MISSING)
-        if len(filled) > 3:
-            rows = np.arange(len(filled))[:, None]
-            nodes = np.broadcast_to(self.roots, (len(filled), len(self.roots)))
-            for _ in range(self.depth):
-                right = filled[rows, self.feature[nodes]] > self.threshold[nodes]
-                nodes = self.children[2 * nodes + right]
-            scores: NDArray[np.float64] = self.value[nodes].sum(axis=1) + np.float64(self.offset)
-            return scores
         result = np.empty(len(filled))
+        left = 2 * np.arange(len(self.feature))
         for row, x in enumerate(filled):
+            # Where every node leads: quicker than to look up feature and threshold at each step of each tree.
+            following = self.children.take(left + (x.take(self.feature) > self.threshold))
             node = self.roots
             for _ in range(self.depth):
-                right = x.take(self.feature.take(node)) > self.threshold.take(node)
-                node = self.children.take(2 * node + right)
+                node = following.take(node)
             result[row] = self.value.take(node).sum() + self.offset
         return result
 
@@ -125,6 +120,17 @@ class Opinion:
     refused: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A prompt beside stored ones: what the guard found of each, and the features of those it does not refuse, all
+    but the cosine by the cache's encoder. `rows`: place among the stored ones -> row of the table.
+    """
+
+    reasons: tuple[tuple[str, ...], ...]
+    rows: Mapping[int, int]
+    table: NDArray[np.float32] | None
+
+
 class Verifier:
     """Judges candidates. Immutable but for a bounded memory of prompts read; safe to share between threads.
 
@@ -141,11 +147,12 @@ class Verifier:
         self.encoder_id = artefact.encoder_id
         self._pairs = pairs
         self._trees = Trees(
-            feature=arrays["feature"],
+            # As NumPy indexes: otherwise every look-up converts them.
+            feature=arrays["feature"].astype(np.intp),
             threshold=arrays["threshold"],
-            children=arrays["children"],
+            children=arrays["children"].astype(np.intp),
             value=arrays["value"],
-            roots=arrays["roots"],
+            roots=arrays["roots"].astype(np.intp),
             depth=int(metadata["depth"]),
             offset=float(metadata["offset"]),
         )
@@ -190,6 +197,16 @@ class Verifier:
         """Say what the guard finds between two prompts (see `guard.REASONS`)."""
         return guard.reasons(self.read(prompt, owner).reading, self.read(other, owner).reading)
 
+    def compared(self, prompt: str, others: Sequence[str], owner: str = "") -> Compared:
+        """Compare a prompt with stored ones, as far as that goes without the cache's encoder."""
+        mine = self.read(prompt, owner)
+        read = [self.read(text, owner) for text in others]
+        reasons = tuple(guard.reasons(mine.reading, other.reading) for other in read)
+        # A refused candidate needs no probability.
+        rows = [at for at, found in enumerate(reasons) if REFUSING.isdisjoint(found)]
+        table = [self._pairs.compare(mine, read[at], math.nan, reasons[at]) for at in rows]
+        return Compared(reasons, {at: row for row, at in enumerate(rows)}, np.stack(table) if table else None)
+
     def ceilings(
         self, prompt: str, candidates: Sequence[tuple[str, float]], owner: str = ""
     ) -> list[float | None]:
@@ -197,40 +214,38 @@ class Verifier:
 
         A candidate is a stored prompt and its cosine to `prompt` by the static encoder. None: the guard refuses it.
         """
-        mine = self.read(prompt, owner)
-        others = [self.read(text, owner) for text, _ in candidates]
-        open_rows = [
-            at
-            for at, other in enumerate(others)
-            if REFUSING.isdisjoint(guard.reasons(mine.reading, other.reading))
+        compared = self.compared(prompt, [text for text, _ in candidates], owner)
+        return self.ceilings_of(compared, [cosine for _, cosine in candidates])
+
+    def ceilings_of(self, compared: Compared, cosines: Sequence[float]) -> list[float | None]:
+        """The same of prompts that have been compared."""
+        highest = np.interp(cosines, STATIC, HIGHEST)
+        probable = self._probabilities(compared, {at: float(highest[at]) for at in compared.rows})
+        return [
+            None if (p := probable.get(at)) is None else min(1.0, p + MARGIN)
+            for at in range(len(compared.reasons))
         ]
-        result: list[float | None] = [None] * len(others)
-        if open_rows:
-            highest = np.interp([candidates[at][1] for at in open_rows], STATIC, HIGHEST)
-            rows = [
-                self._pairs.compare(mine, others[at], float(cosine))
-                for at, cosine in zip(open_rows, highest, strict=True)
-            ]
-            for at, p in zip(open_rows, self.calibrated(self._trees.scores(np.stack(rows))), strict=True):
-                result[at] = min(1.0, p + MARGIN)
-        return result
 
     def opinions(
         self, prompt: str, candidates: Sequence[tuple[str, float]], owner: str = ""
     ) -> list[Opinion]:
         """Judge candidates, each a stored prompt and its cosine to `prompt` by the cache's encoder."""
-        mine = self.read(prompt, owner)
-        others = [self.read(text, owner) for text, _ in candidates]
-        reasons = [guard.reasons(mine.reading, other.reading) for other in others]
-        refused = [not REFUSING.isdisjoint(found) for found in reasons]
-        # A refused candidate needs no probability.
-        open_rows = [i for i, no in enumerate(refused) if not no]
-        probabilities = [0.0] * len(others)
-        if open_rows:
-            table = np.stack([self._pairs.compare(mine, others[i], candidates[i][1]) for i in open_rows])
-            for i, p in zip(open_rows, self.calibrated(self._trees.scores(table)), strict=True):
-                probabilities[i] = float(p)
-        return [Opinion(p, r, no) for p, r, no in zip(probabilities, reasons, refused, strict=True)]
+        compared = self.compared(prompt, [text for text, _ in candidates], owner)
+        return self.opinions_of(compared, {at: cosine for at, (_, cosine) in enumerate(candidates)})
+
+    def opinions_of(self, compared: Compared, cosines: Mapping[int, float]) -> list[Opinion]:
+        """The same of some of the prompts that have been compared, in the order of `cosines`."""
+        probable = self._probabilities(compared, cosines)
+        return [Opinion(probable.get(at, 0.0), compared.reasons[at], at not in probable) for at in cosines]
+
+    def _probabilities(self, compared: Compared, cosines: Mapping[int, float]) -> dict[int, float]:
+        """Of those that the guard does not refuse."""
+        judged = [at for at in cosines if at in compared.rows]
+        if not judged or compared.table is None:
+            return {}
+        table = compared.table[[compared.rows[at] for at in judged]]
+        table[:, COSINE] = [cosines[at] for at in judged]
+        return dict(zip(judged, self.calibrated(self._trees.scores(table)), strict=True))
 
     def calibrated(self, scores: Iterable[float]) -> list[float]:
         """Map log-odds to calibrated probabilities (Platt 1999)."""

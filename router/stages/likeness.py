@@ -162,7 +162,8 @@ class ShippedLikeness:
         verifier = self.verifier
         threshold = verifier.threshold(max_error)
         floor = threshold if least is None else least
-        ceilings = verifier.ceilings(text, [(one.prompt, one.near) for one in stored], owner)
+        compared = verifier.compared(text, [one.prompt for one in stored], owner)
+        ceilings = verifier.ceilings_of(compared, [one.near for one in stored])
         refused = sum(ceiling is None for ceiling in ceilings)
         # The transformer is asked only where its answer could make the candidate one.
         reach = [
@@ -173,9 +174,7 @@ class ShippedLikeness:
             return Ranking((), threshold, refused, self._doubts(text, stored, owner))
         mine = self.vector(text, owner)
         cosines = [float(mine @ self._vector_of(stored[at], owner)) for at in chosen]
-        opinions = verifier.opinions(
-            text, [(stored[at].prompt, c) for at, c in zip(chosen, cosines, strict=True)], owner
-        )
+        opinions = verifier.opinions_of(compared, dict(zip(chosen, cosines, strict=True)))
         judged = [
             Judged(at, cosine, opinion.probability, opinion.reasons)
             for at, cosine, opinion in zip(chosen, cosines, opinions, strict=True)
