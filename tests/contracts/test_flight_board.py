@@ -78,8 +78,8 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "BEAT": 0.1,
         "TICK": 0.0625,
-        "SILENCE": 0.5,
-        "INBOX_MS": 500,
+        "SILENCE": 0.75,
+        "INBOX_MS": 750,
         "LANDED_MS": 300,
     }.items():
         monkeypatch.setattr(redis_flights, name, value)
@@ -101,7 +101,7 @@ async def workers(request: pytest.FixtureRequest, fast: None) -> AsyncIterator[W
 
 
 async def redis_board(stack: AsyncExitStack, url: str, secret: bytes = SECRET) -> RedisFlightBoard:
-    connection = connect(url, timeout=0.5, retry_every=0.2)
+    connection = connect(url, timeout=0.2, retry_every=0.2)
     board = RedisFlightBoard(connection, secret)
     await board.start()
     stack.push_async_callback(connection.close)
@@ -452,7 +452,7 @@ async def test_inboxes_stay_small_and_end_with_their_worker(
     connection: RedisConnection = two._connection
     assert await connection.execute("XLEN", two._inbox) <= 2
     await die(one)
-    await asyncio.sleep(0.8)
+    await asyncio.sleep(1.0)
     assert await connection.execute("EXISTS", one._inbox) == 0
 
 

@@ -337,3 +337,72 @@ async def test_a_follower_never_costs_what_the_leader_paid() -> None:
     for record in rig.journal.settled:
         if record is not leaders[0]:
             assert (record.cost, record.cache, record.cache_entry) == (0, "exact", leaders[0].id)
+
+
+# -- two workers --
+
+
+async def test_two_workers_share_a_call_which_one_books() -> None:
+    one = Rig()
+    two = Rig(beside=one)
+    one.wire.scripts["first"] = [Script(chunk("Hello"), 0.1, *GOOD_STREAM)]
+    asked = [asyncio.create_task(rig.ask(stream=True)) for rig in (one, two, one, two)]
+    bodies = await asyncio.gather(*asked)
+    assert len(set(bodies)) == 1
+    assert len(one.wire.calls) == 1
+    await eventually(lambda: len(one.journal.settled) + len(two.journal.settled) == 4)
+    (leader,) = [record for record in one.journal.settled if record.attempts]
+    for record in (*one.journal.settled, *two.journal.settled):
+        if record is not leader:
+            assert (record.cost, record.cache, record.cache_entry) == (0, "exact", leader.id)
+            assert (record.status, record.usage) == ("complete", leader.usage)
+    assert len(one.flights) == len(two.flights) == len(one.board.calls) == 0
+
+
+async def test_a_call_of_another_worker_that_fails_is_tried_once_more() -> None:
+    one = Rig()
+    two = Rig(beside=one)
+    one.wire.scripts["first"] = [Script(0.05, b"{}", status=401), Script(*GOOD_STREAM)]
+    asked = [asyncio.create_task(rig.ask("alone", stream=True)) for rig in (one, two, two)]
+    outcomes = await asyncio.gather(*asked, return_exceptions=True)
+    assert isinstance(outcomes[0], UpstreamFailed)
+    assert [isinstance(outcome, bytes) for outcome in outcomes[1:]] == [True, True]
+    assert len(one.wire.calls) == 2
+    await eventually(lambda: len(two.journal.settled) == 2)
+    assert sorted(bool(record.attempts) for record in two.journal.settled) == [False, True]
+
+
+async def test_who_wants_a_fresh_answer_neither_shares_nor_is_shared() -> None:
+    one = Rig()
+    two = Rig(beside=one)
+    one.wire.scripts["first"] = [Script(chunk("Hello"), 0.1, *GOOD_STREAM)]
+    fresh = {"cache-control": "no-cache"}
+    asked = [
+        asyncio.create_task(rig.ask(stream=True, headers=headers))
+        for rig, headers in ((one, fresh), (one, {}), (two, fresh), (two, {}))
+    ]
+    await asyncio.gather(*asked)
+    assert len(one.wire.calls) == 3, "one each for those who wanted it, one for the other two"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_follower_elsewhere_may_be_cancelled_at_any_step(stream: bool) -> None:
+    for steps in range(0, 60, 2):
+        one = Rig()
+        two = Rig(beside=one)
+        one.wire.scripts["first"] = [
+            Script(chunk("Hello"), 0.005, *GOOD_STREAM) if stream else Script(0.005, GOOD_ANSWER)
+        ]
+        leading = asyncio.create_task(one.ask("capped", stream=stream, max_tokens=100))
+        following = asyncio.create_task(two.ask("capped", stream=stream, max_tokens=100))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        (following if steps % 4 else leading).cancel()
+        await asyncio.gather(leading, following, return_exceptions=True)
+        for rig in (one, two):
+            await eventually(partial(all_settled, rig))
+            opened, settled = [r.id for r in rig.journal.opened], [r.id for r in rig.journal.settled]
+            assert sorted(opened) == sorted(settled), steps
+            await eventually(lambda rig=rig: len(rig.flights) == 0)  # type: ignore[misc]
+        assert await one.held() == 0, steps
+        assert not one.board.calls, steps

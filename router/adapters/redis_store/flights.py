@@ -471,7 +471,8 @@ class RedisFlightBoard:
                         return
                 word = await ear.next(TICK)
                 if word is None:
-                    if self._connection.up or self._connection.suspected:
+                    # A call that has not begun is left only once an outage is confirmed; one that has waits.
+                    if self._connection.up or (self._connection.suspected and not begun):
                         if away:
                             silent, away = -SILENCE / 2, 0.0  # the other worker finds out a little later
                         silent += TICK
