@@ -177,8 +177,7 @@ class SemanticRig(Rig):
 
     async def quiet(self) -> None:
         while self.shadows._tasks:
-            for task in tuple(self.shadows._tasks):
-                await task
+            await asyncio.gather(*self.shadows._tasks)
         await self.semantic.settled()
         await asyncio.get_running_loop().run_in_executor(EXECUTOR, lambda: None)
 
