@@ -30,13 +30,11 @@ JUDGE = "judge"
 class Standing:
     """What a scope's evidence says at one moment.
 
-    `threshold`: certified, at or above it; None: nothing is. `missing`: about how many labels lack for the next one.
+    `threshold`: at or above it answers are served; None: nothing is certified.
     `broken`: the latest labels at or above the threshold in force are wrong more often than the bound allows.
     """
 
     threshold: float | None = None
-    labels: int = 0
-    missing: int | None = None
     broken: bool = False
 
 
@@ -48,6 +46,8 @@ class _Known:
     standing: Standing
     revision: int
     looked_at: float
+    labels: tuple[int, CacheLabel] | None = None
+    """How many there were, and the newest."""
     prior: tuple[int, Prior] | None = None
     looking: bool = False
 
@@ -91,6 +91,10 @@ class Evidence:
     ) -> None:
         try:
             labels = self._book.labels(scope)
+            seen = (len(labels), labels[-1]) if labels else None
+            if seen == known.labels:
+                return  # what came in was of other scopes
+            known.labels = seen
             if not labels:
                 known.standing = NOTHING_KNOWN
             elif shipped is not None:
@@ -120,14 +124,14 @@ def _certified(
     certificate = certify(_labelled(labels), max_error=max_error, prior=prior[1] if prior and pool else None)
     threshold = certificate.threshold
     broken = threshold is not None and drifted(labels, threshold, max_error)
-    return Standing(threshold, len(labels), certificate.missing, broken), prior
+    return Standing(threshold, broken), prior
 
 
 def _enforced(labels: Sequence[CacheLabel], max_error: float, shipped: Callable[[], float]) -> Standing:
     # Two right answers are seldom said in the same words: only a judge can break what ships with Farthing.
     judged = [label for label in labels if label.source == JUDGE]
     threshold = shipped()
-    return Standing(threshold, len(judged), None, drifted(judged, threshold, max_error))
+    return Standing(threshold, drifted(judged, threshold, max_error))
 
 
 def drifted(labels: Sequence[CacheLabel], threshold: float, max_error: float) -> bool:
