@@ -26,6 +26,8 @@ REMEMBERED = 2_000
 """Vectors of the transformer remembered, by owner and text; 1.5 kB each."""
 JUDGED = 4
 """Stored prompts for which the transformer is asked, at most."""
+TOGETHER = 2
+"""Stored prompts that are read before those further away, which need not be where one of these may answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,9 @@ class Likeness(Protocol):
         least: float | None = None,
         owner: str = "",
     ) -> Ranking:
-        """Those at least as probable as `least` (None: as the shipped threshold)."""
+        """Those at least as probable as `least` (None: as the shipped threshold). `stored`: the nearest first; those
+        further away are looked at where none nearer reaches the shipped threshold.
+        """
         ...
 
 
@@ -162,24 +166,29 @@ class ShippedLikeness:
         verifier = self.verifier
         threshold = verifier.threshold(max_error)
         floor = threshold if least is None else least
-        compared = verifier.compared(text, [one.prompt for one in stored], owner)
-        ceilings = verifier.ceilings_of(compared, [one.near for one in stored])
-        refused = sum(ceiling is None for ceiling in ceilings)
-        # The transformer is asked only where its answer could make the candidate one.
-        reach = [
-            (ceiling, -at) for at, ceiling in enumerate(ceilings) if ceiling is not None and ceiling >= floor
-        ]
-        chosen = [-at for _, at in sorted(reach, reverse=True)[:JUDGED]]
-        if not chosen:
-            return Ranking((), threshold, refused, self._doubts(text, stored, owner))
-        mine = self.vector(text, owner)
-        cosines = [float(mine @ self._vector_of(stored[at], owner)) for at in chosen]
-        opinions = verifier.opinions_of(compared, dict(zip(chosen, cosines, strict=True)))
-        judged = [
-            Judged(at, cosine, opinion.probability, opinion.reasons)
-            for at, cosine, opinion in zip(chosen, cosines, opinions, strict=True)
-            if not opinion.refused and opinion.probability >= floor
-        ]
+        judged: list[Judged] = []
+        refused = asked = 0
+        for first in range(0, len(stored), TOGETHER):
+            group = stored[first : first + TOGETHER]
+            compared = verifier.compared(text, [one.prompt for one in group], owner)
+            ceilings = verifier.ceilings_of(compared, [one.near for one in group])
+            refused += sum(ceiling is None for ceiling in ceilings)
+            # The transformer is asked only where its answer could make the candidate one.
+            chosen = [at for at, ceiling in enumerate(ceilings) if ceiling is not None and ceiling >= floor]
+            chosen = chosen[: JUDGED - asked]
+            if not chosen:
+                continue
+            asked += len(chosen)
+            mine = self.vector(text, owner)
+            cosines = {at: float(mine @ self._vector_of(group[at], owner)) for at in chosen}
+            for (at, cosine), opinion in zip(
+                cosines.items(), verifier.opinions_of(compared, cosines), strict=True
+            ):
+                if not opinion.refused and opinion.probability >= floor:
+                    judged.append(Judged(first + at, cosine, opinion.probability, opinion.reasons))
+            # Most that is found is found among the nearest; what lies further is not read then.
+            if any(one.probability >= threshold for one in judged):
+                break
         judged.sort(key=lambda one: (-one.probability, -one.similarity))
         return Ranking(tuple(judged), threshold, refused, () if judged else self._doubts(text, stored, owner))
 
