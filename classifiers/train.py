@@ -625,11 +625,17 @@ def main() -> None:
         )
         for name, encoder in encoders.items()
     }  # fmt: skip
+    later_told = read_told(data / "later_paraphrases.jsonl", later)
     seen_later = {name: see(encoder, later.texts) for name, encoder in encoders.items()}
+    retold_later = {name: see(encoder, later_told.texts) for name, encoder in encoders.items()}
 
     unseen_kinds = evaluate(lessons)
     trained = {name: train(lesson) for name, lesson in lessons.items()}
-    on_later = judged({name: one.head for name, one in trained.items()}, seen_later, seen_later)
+    on_later = judged({name: one.head for name, one in trained.items()}, seen_later, retold_later)
+    flips = Flips()
+    for path in PATHS:
+        before = part(on_later.before[path], later_told.sources)
+        flips.note(path, np.arange(len(later_told.texts)), before, on_later.after[path])
     summary: dict[str, Any] = {
         "protocol": f"{SPLITS} random splits of the kinds, {TEST_SHARE:.2f} of them for the test; mean and sd",
         "prompts": {
@@ -643,6 +649,7 @@ def main() -> None:
         "later_prompts": {
             **{path: rounded(scores_of(on_later.before[path].classes, later.classes)) for path in PATHS},
             "transformer_asked": round(float(on_later.asked.mean()), 3),
+            "flips": flips.report(later_told.sources),
         },
     }
     manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
