@@ -191,14 +191,14 @@ class Pipeline:
             exchange.http_status = 200
         elif flight.error is not None:
             note_failure(exchange, flight.error)
+        body = flight.body
         try:
+            self.semantic.landed(exchange)
+            self.checks.note(exchange, body)
             exchange.potential_savings = self.decide.potential(exchange)
-            self.learn.note_answer(exchange, flight.body)
+            self.learn.note_answer(exchange, body)
         except Exception:
             log.exception("nothing is learned of request %s", exchange.id)  # and it is booked all the same
-        body = flight.body
-        self.semantic.landed(exchange)
-        self.checks.note(exchange, body)
         record = self.settle.dispatched(exchange)
         stored = False
         if record is not None and body is not None and flight.key is not None:
