@@ -26,7 +26,7 @@ STATIC = (
     "Explain how a %s works compared with a %s and a %s.",
     "Design a distributed %s store with a %s log and a %s index, and discuss trade-offs.",
 )
-# The static verdict of about a third of these is too close to call; 21 word pieces.
+# The static verdict of about three quarters of these is too close to call; 21 word pieces.
 CLOSE = ("Is a %s heavier than a %s? Work it out from the size of the %s first.",)
 CLOSE_PIECES = 21
 # One prompt, sent again and again.

@@ -398,7 +398,7 @@ def test_paraphrases_of_kinds_that_nobody_learned_do_not_flip_more_than_is_docum
     assert {row["paraphrases"] for row in rows} == set(later)
     assert all(row["class"] == later[row["paraphrases"]] for row in rows)
     flips = sum(deployed(row["text"]) != deployed(row["paraphrases"]) for row in rows)
-    assert flips / len(rows) <= 0.2
+    assert flips / len(rows) <= 0.17
     right = sum(deployed(row["text"]) == row["class"] for row in rows)
     assert right / len(rows) >= 0.75
 
