@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,7 @@ def learn(
         "keys": len(set(examples.key.tolist())),
         "encoder": encoder_id,
         "seed": seed,
+        "fitted_on": "labels not held out",
         "doubts": [],
     }
     missing = own_traffic.MIN_PROMPTS - examples.labelled_prompts
@@ -94,15 +95,59 @@ def learn(
         ) from None
     heads.arrays.update(own_traffic.calibration(heads, held).arrays())
     before, before_at = _in_force(engine, encoder_id)
-    judgement: Judgement = own_traffic.judge(
-        heads,
-        held,
-        priors,
-        {name: _min_quality(snapshot, name, at) for name in PROMPT_CLASSES},
-        before,
-        before_at,
+    wanted: dict[str, float] = {name: _min_quality(snapshot, name, at) for name in PROMPT_CLASSES}
+    judgement: Judgement = own_traffic.judge(heads, held, priors, wanted, before, before_at)
+    card |= judgement.card
+    if snapshot.learn is not None and snapshot.learn.certifies:
+        return Learned(card, heads, judgement.refusal)
+    # Nobody asks for a proof from held-out labels, so the heads that will be used may know them as well. Those in
+    # force may know every label of their time: they are compared with heads that do so too.
+    refusal = own_traffic.judge(heads, held, priors, wanted, None, 0.0).refusal
+    if refusal is None and before is not None:
+        older = held.rows(held.at <= before_at)
+        known = own_traffic.fit(_together(rows, older), priors, encoder_id, seed, trees)
+        refusal = _worse(known, before, held.rows(held.strong & (held.at > before_at)), priors, card)
+    if refusal is None:
+        heads = own_traffic.fit(examples, priors, encoder_id, seed, trees)
+        nothing = own_traffic.calibration(heads, held.rows(np.zeros(len(held.score), dtype=bool)))
+        heads.arrays.update(nothing.arrays())
+        card["fitted_on"] = "all labels"
+    return Learned(card, heads, refusal)
+
+
+def _together(left: Examples, right: Examples) -> Examples:
+    """The rows of both; they share their prompts."""
+    names = [field.name for field in fields(Examples)]
+    by_row = [name for name in names if name not in ("models", "prompts", "classes", "costs")]
+    rows: dict[str, Any] = {
+        name: np.concatenate((getattr(left, name), getattr(right, name))) for name in by_row
+    }
+    return replace(left, **rows)
+
+
+def _worse(
+    heads: SuccessHeads,
+    before: SuccessHeads,
+    newer: Examples,
+    priors: Mapping[str, Mapping[str, float]],
+    card: dict[str, Any],
+) -> str | None:
+    """Why heads that know every label but `newer` are worse there than those in force, which know none of these."""
+    if len(newer.score) < own_traffic.MIN_NEWER:
+        return None
+    prior = own_traffic.prior_table(newer, priors)
+    at = (newer.prompt, newer.model)
+    mine, theirs = (
+        own_traffic.known_or(own_traffic.success_table(found, newer), prior)[at] for found in (heads, before)
     )
-    return Learned({**card, **judgement.card}, heads, judgement.refusal)
+    loss, spread = own_traffic.excess_loss(mine, theirs, newer.score, newer.weight)
+    card["squared_error_beyond_active"] = loss
+    if loss <= spread:
+        return None
+    return (
+        f"it is worse than the active one on {len(newer.score)} newer labels (squared error {loss:+.4f}, standard "
+        f"error {spread:.4f})"
+    )
 
 
 def examples_of(traffic: LabelledTraffic, snapshot: Snapshot, at: datetime) -> tuple[Examples, int]:
@@ -319,6 +364,8 @@ def card_text(card: Mapping[str, Any]) -> str:
                     continue
                 shown = "not reached" if cost is None else f"{cost:.4f}"
                 lines.append(f"         {name.replace('_', ' '):15} {shown}")
+        if card["fitted_on"] == "all labels":
+            lines.append("Fitted   once more with the held-out labels, as no class asks for confidence")
     if card["refused"]:
         lines.append(f"Refused: {card['refused']}.")
     elif card.get("activated"):

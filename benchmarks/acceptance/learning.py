@@ -14,9 +14,9 @@ two halves by lot. Prompts that stand in both of the source's files count once.
   well, off the answer path; a judge labels both. The reference is the first of the two dearest models, halfway the
   other one. 15 % of all requests get feedback on the model that served them.
 - Models that another model which costs no more beats by more than .10 in every class's prior are not allowed.
-- `farthing learn`; the gateway picks the heads up. `min_quality`, one for all classes, is chosen by a rule that looks
-  at the first half alone: the highest at which its prompts without a label would have cost, with all that was spent
-  on learning, 73 % of always using the reference.
+- The pilot ends; `farthing learn`; the gateway picks the heads up. `min_quality`, one for all classes, is chosen by a
+  rule that looks at the first half alone: the highest at which its prompts without a label would have cost, with all
+  that was spent on learning, 73 % of always using the reference.
 - Second half, all `auto`: once through that gateway, once through one that has only the priors, same `min_quality`.
 
 The judge is simulated: it reads the recorded truth, at the price of gpt-5-nano for the tokens it was sent. Every
@@ -362,8 +362,7 @@ def replay(data: Recorded, seed: int) -> dict[str, Any]:
     priors = {
         given.models[m]: {name: float(given.priors[m, at]) for at, name in enumerate(CLASSES)} for m in known
     }
-    fitted, _ = own_traffic.split(examples, 0)
-    heads = own_traffic.fit(fitted, priors, StaticEncoder.load(DATA_DIRECTORY).id, 0)
+    heads = own_traffic.fit(examples, priors, StaticEncoder.load(DATA_DIRECTORY).id, 0)
     unlabelled = np.setdiff1d(given.first, rows)
     minimum = chosen_minimum(heads, given, unlabelled, spent)
     after = given.second_half
@@ -521,6 +520,8 @@ async def live(verdict: Verdict, data: Recorded, seed: int, where: Path) -> dict
             where / "learned", providers_file(given, url), learning_policy(given, given.reference)
         ) as gateway:
             served = await first_requests(verdict, gateway, given, half)
+            # The pilot is over: no class asks for confidence, so the heads may learn from all labels.
+            gateway.write(policy=routing_policy(given, 0.95, learn=True))
             heads, card = await asyncio.to_thread(learn, verdict, gateway)
             spent = await asyncio.to_thread(learning_cost, verdict, gateway, provider)
             labelled = set(served["labelled"])

@@ -579,6 +579,21 @@ def _learn(policy: PolicyFile) -> LearnPolicy | None:
         budget=None if learn.budget is None else nano(learn.budget.month),
         judge=learn.judge,
         keep_prompts=learn.keep_prompts,
+        certifies=_certifies(policy),
+    )
+
+
+def _certifies(policy: PolicyFile) -> bool:
+    """Whether any class asks for `confidence`, whoever it holds for."""
+    scopes: list[Any] = [policy, policy.unlisted_teams, *policy.exceptions]
+    scopes += [rule.then for rule in policy.rules]
+    for team in policy.teams.values():
+        scopes += [team, *team.apps.values()]
+    return any(
+        getattr(scope.classes, name).confidence is not None
+        for scope in scopes
+        if hasattr(scope, "classes")
+        for name in PROMPT_CLASSES
     )
 
 

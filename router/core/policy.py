@@ -86,13 +86,15 @@ class LearnPolicy:
 
     `shadow`: share of requests that is also answered by another model, off the answer path. `budget`: nano-USD a
     month for those and the judge (None: nothing). `judge`: the model that compares such a pair of answers (None: by
-    agreement). `keep_prompts`: the prompts themselves are kept, not only their features.
+    agreement). `keep_prompts`: the prompts themselves are kept, not only their features. `certifies`: a class asks
+    for `confidence`, so that held-out labels must stay unknown to the heads.
     """
 
     shadow: Decimal = Decimal(0)
     budget: NanoUSD | None = None
     judge: str | None = None
     keep_prompts: bool = False
+    certifies: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,6 +146,29 @@ def test_from_nothing_to_a_version_in_force_and_back(engine: Engine, snapshot: S
         learn.choose(engine, "success-1-0", rollback=True)
 
 
+def test_held_out_labels_stay_unknown_where_a_class_asks_for_confidence(
+    engine: Engine, snapshot: Snapshot
+) -> None:
+    Ledger(engine).write(traffic(240), fresh=True)
+    whole = learn.learn(engine, snapshot, NOW, trees=TREES)
+    sure = POLICY.replace(
+        "learn: {}",
+        "learn: {}\nteams: { search: { apps: { legal: { classes: { simple: { confidence: 95% } } } } } }",
+    )
+    asking = load(PROVIDERS, sure, shipped_catalogue(), ManualClock().now()).snapshot
+    assert asking is not None
+    proof = learn.learn(engine, asking, NOW, trees=TREES)
+    assert whole.heads is not None
+    assert proof.heads is not None
+    assert (whole.refusal, proof.refusal) == (None, None)
+    assert (whole.card["fitted_on"], proof.card["fitted_on"]) == ("all labels", "labels not held out")
+    assert whole.card["auroc"] == proof.card["auroc"]  # judged before, on what the heads had not seen
+    labels, rows = "labels", "calibration_classes"
+    held = len(proof.heads.arrays[rows])
+    assert (int(whole.heads.arrays[labels].sum()), len(whole.heads.arrays[rows])) == (240, 0)
+    assert (int(proof.heads.arrays[labels].sum()) + held, held > 30) == (240, True)
+
+
 def test_labels_of_noise_do_not_get_into_force(engine: Engine, snapshot: Snapshot) -> None:
     book(engine, traffic(300, seed=3, noise=True))
     status, card = run(engine, snapshot)
