@@ -32,6 +32,8 @@ MIN_NEWER = 30
 """Held-out labels newer than the active heads, below which the two are not compared: it knows the older ones."""
 CONTRADICTS = 0.35
 """Mean squared error of a key's labels to heads of all others, above which they do not describe the same traffic."""
+LEAST_GAIN = 0.005
+"""Share of the prior's squared error that heads must take away: heads of noise, being shrunk, take less by luck."""
 QUICK_TREES = 30
 _LEAST_SHARE = 0.05
 _THRESHOLDS = np.linspace(0.0, 1.0, 101)
@@ -360,7 +362,7 @@ def judge(
         "squared_error_prior": float(np.average((prior[at] - score) ** 2, weights=weight)),
     }
     refusal = None
-    if gain >= 0:
+    if gain > -LEAST_GAIN * card["squared_error_prior"]:
         refusal = (
             f"it is no better than the priors on held-out labels (squared error {card['squared_error']:.4f} against "
             f"{card['squared_error_prior']:.4f}, standard error {spread:.4f})"

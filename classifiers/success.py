@@ -4,14 +4,25 @@ For model m and a prompt of class c
 
     base(m, c)  = prior(m, c) + shift(m, c)            shift: shrunken mean of (label - prior), model then class
     raw         = base + (1 - w) ridge(x) + w forest(x)  both learned on the residual (label - base)
-    p           = sigmoid(a logit(raw) + b)              Platt (1999), a and b shrunk to 1 and 0
-    probability = prior + familiarity (p - prior)
+    logit(p)    = logit(prior) + familiarity (a (logit(raw) - logit(prior)) + b(m))
+    probability = prior + common + carry (p - prior - common)        common: mean of p - prior over the models
 
-*ridge*: linear in hashed word n-grams (TF-IDF), the encoder's vector and the structure (Hoerl & Kennard 1970).
-*forest*: extremely randomised trees (Geurts et al. 2006) over structure and the vector's principal components, one
-forest for all models. A leaf keeps, per model, the sum of residuals and of weights; the prediction is
-sum(residuals) / (sum(weights) + SHRINKAGE * trees), the posterior mean under a prior worth SHRINKAGE labels: no
-labels near the prompt, no departure from the base. w, a, b come from predictions for rows the learners had not seen.
+The third line is Platt's (1999) with one slope for all models, fitted with the shrinkage inside of it; a and b are
+shrunk to 1 and 0.
+
+*ridge*: linear in hashed word n-grams (TF-IDF), the encoder's vector, the structure and a Gaussian kernel to
+remembered prompts (Hoerl & Kennard 1970; Williams & Seeger 2001, "Using the Nystroem Method to Speed Up Kernel
+Machines").
+*forest*: extremely randomised trees (Geurts et al. 2006) over structure, the vector's principal components and what
+the ridge predicts for every model (Wolpert 1992, "Stacked generalization": they learn from what it predicts for rows
+it had not seen), one forest for all models. A leaf keeps, per model, the sum of residuals and of weights; the
+prediction is sum(residuals) / (sum(weights) + SHRINKAGE * trees), the posterior mean under a prior worth SHRINKAGE
+labels: no labels near the prompt, no departure from the base. w, a, b come from predictions for rows the learners had
+not seen. Trees split where models differ rather than where all do better or worse (COMMON).
+*carry*: a router acts on which model does better here, and that is what it loses by on kinds of prompts without
+labels. So clusters of the labelled prompts are held out. Where what the ridge knows of such differences carries over
+to them (most of what it explains of rows held out at random), they are believed in full, else to CAUTION. It is one
+number for all prompts, so that those which gain most from a stronger model stay in order.
 *familiarity* falls from 1 to 0 with the cosine to the nearest remembered prompt; at 0 the prior stands alone.
 
 The interval is Wilson's (1927) with `evidence` + PRIOR_WORTH observations, evidence being the labels of this model
@@ -40,7 +51,7 @@ Array = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-NAME, VERSION = "success", "1"
+NAME, VERSION = "success", "2"
 
 # A prior counts as much as this many labels: for the model's mean, for a class within it, in a leaf, in an interval.
 MODEL_SHRINKAGE, CLASS_SHRINKAGE, SHRINKAGE, PRIOR_WORTH = 10.0, 20.0, 2.0, 4.0
@@ -48,10 +59,19 @@ MODEL_SHRINKAGE, CLASS_SHRINKAGE, SHRINKAGE, PRIOR_WORTH = 10.0, 20.0, 2.0, 4.0
 Z = 1.6449
 # Ridge: penalty, and how far each block reaches beside the n-grams' unit rows.
 PENALTY, STRUCTURE_SCALE, VECTOR_SCALE = 8.0, 0.7, 0.5
+# Kernel: exp(-KERNEL_WIDTH distance^2), the structure with scale 1, the vector with VECTOR_SCALE.
+KERNEL_WIDTH, LEAST_EIGENVALUE = 4.0, 1e-3
 # Forest.
 TREES, MAX_DEPTH, MIN_LEAF, FEATURE_SHARE, SAMPLE, COMPONENTS = 100, 16, 8, 0.4, 0.7, 24
-BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# The forest's share before any label, and how far labels move it (standard deviation).
+BLEND, BLEND_SPREAD = 0.5, 0.12
+# What is left of that part of the labels that all models share on a prompt, when trees are split.
+COMMON = 0.3
 FOLDS = 4
+# Differences between models: the least that is believed of them, and the shares of what is explained at random that
+# must be explained of held-out clusters too for that least and for all.
+CAUTION, CARRIED = 0.3, (0.3, 0.6)
+CLUSTERS, CLUSTERED_LABELS = 8, 8000
 CALIBRATION_WORTH = 5.0
 LANDMARKS = 512
 # Shares of the labelled prompts below which familiarity starts to fall, and below which it is gone.
@@ -124,7 +144,21 @@ class SuccessHeads:
             self._depth = int(metadata["depth"])
             self._trees = len(self.arrays["roots"])
             self._labels = self.arrays["labels"].tolist()
-            self._blend = float(metadata["blend"])
+            self._blend, self._carry = float(metadata["blend"]), float(metadata["carry"])
+            self._labelled = self.arrays["labels"] > 0
+            # The same trees for one prompt: every node takes two places, its number doubled, so that a step is one
+            # addition, and in the type that numpy indexes by (a third of the time).
+            own = self.arrays
+            self._places: dict[str, NDArray[Any]] = {
+                "roots": (2 * own["roots"]).astype(np.intp),
+                "feature": np.repeat(own["feature"], 2).astype(np.intp),
+                "threshold": np.repeat(own["threshold"], 2),
+                "children": (2 * own["children"].reshape(-1)).astype(np.intp),
+                "leaf": np.repeat(own["leaf"], 2).astype(np.intp),
+            }
+            self._leaves = np.concatenate((own["sums"], own["weights"]), axis=1)
+            self._ones = np.ones(self._trees, dtype=np.float32)
+            self._landmark_squares = _squares(self.arrays["landmark_structure"], self.arrays["landmarks"])
             self._nearness = (float(metadata["nearness"][0]), float(metadata["nearness"][1]))
             if tuple(metadata["features"]) != features.NAMES:
                 raise ArtefactError("the success heads were learned on other features: learn again")
@@ -133,7 +167,7 @@ class SuccessHeads:
 
     def _check(self) -> None:
         a, models, width = self.arrays, len(self.models), len(features.NAMES)
-        dimensions, nodes = a["center"].shape[0], a["feature"].shape[0]
+        dimensions, nodes, landmarks = a["center"].shape[0], a["feature"].shape[0], a["landmarks"].shape[0]
         components = a["components"].shape[1]
         expected = {
             "priors": (models, len(self.classes)),
@@ -142,6 +176,10 @@ class SuccessHeads:
             "idf": (features.BUCKETS,),
             "gram_weights": (features.BUCKETS, models),
             "dense_weights": (width + dimensions, models),
+            "kernel_weights": (landmarks, models),
+            "intercept": (models,),
+            "landmarks": (landmarks, dimensions),
+            "landmark_structure": (landmarks, width),
             "structure_mean": (width,),
             "structure_scale": (width,),
             "components": (dimensions, components),
@@ -154,12 +192,12 @@ class SuccessHeads:
             if a[name].shape != shape:
                 raise ArtefactError(f"success heads: {name} has shape {a[name].shape}, expected {shape}")
         leaves = a["sums"].shape
-        if leaves != a["weights"].shape or leaves[1] != models or a["landmarks"].shape[1] != dimensions:
-            raise ArtefactError("success heads: leaves or landmarks do not fit the models or the encoder")
+        if leaves != a["weights"].shape or leaves[1] != models:
+            raise ArtefactError("success heads: leaves do not fit the models")
         inside = (
             (a["children"].min() >= 0 and a["children"].max() < nodes)
             and (a["leaf"].min() >= 0 and a["leaf"].max() < max(leaves[0], 1))
-            and (a["feature"].min() >= 0 and a["feature"].max() < width + components)
+            and (a["feature"].min() >= 0 and a["feature"].max() < width + components + models)
             and (a["roots"].min() >= 0 and a["roots"].max() < nodes)
         )
         if not inside:
@@ -206,24 +244,36 @@ class SuccessHeads:
                 f"the heads were learned on vectors of {a['center'].shape[0]} numbers, got {vector.shape[1]}"
             )
         structure = np.stack([prompt.structure for prompt in prompts])
-        near = (vector @ a["landmarks"].T).max(axis=1)
-        low, high = self._nearness
-        familiarity = np.clip((near - low) / max(high - low, 1e-6), 0.0, 1.0).astype(np.float64)
+        cosines = vector @ a["landmarks"].T
+        familiarity = familiarity_of(cosines.max(axis=1), self._nearness)
         rows = [self._class.get(name, -1) for name in classes]
         priors, base = _of_class(a["priors"], rows), _of_class(a["base"], rows)
         centered = vector - a["center"]
-        raw = base.copy()
-        if self._blend < 1.0:
-            raw += (1.0 - self._blend) * self._ridge(prompts, structure, centered)
-        sums, weights = self._forest(np.concatenate((structure, centered @ a["components"]), axis=1))
-        raw += self._blend * sums / (weights + SHRINKAGE * self._trees)
-        p = calibrate(raw, a["calibration"])
-        return priors + familiarity[:, None] * (p - priors), weights / self._trees, familiarity
+        ridge = self._ridge(prompts, structure, centered, vector, cosines)
+        sums, weights = self._forest(_inputs(structure, centered @ a["components"], ridge))
+        forest = sums / (weights + SHRINKAGE * self._trees)
+        raw = base + (1.0 - self._blend) * ridge + self._blend * forest
+        p = calibrate(priors, raw, familiarity, a["calibration"])
+        if self._carry < 1.0 and self._labelled.any():
+            common = (p - priors)[:, self._labelled].mean(axis=1, keepdims=True)
+            p = np.clip(p - (1.0 - self._carry) * (p - priors - common), 0.0, 1.0)
+        return p, weights / self._trees, familiarity
 
-    def _ridge(self, prompts: Sequence[PromptFeatures], structure: Array, centered: Array) -> Doubles:
+    def _ridge(
+        self,
+        prompts: Sequence[PromptFeatures],
+        structure: Array,
+        centered: Array,
+        vector: Array,
+        products: Array,
+    ) -> Doubles:
         a = self.arrays
-        dense = np.concatenate((_standardised(structure, a), centered * VECTOR_SCALE), axis=1)
-        result: Doubles = (dense @ a["dense_weights"]).astype(np.float64)
+        standard = _standardised(structure, a)
+        dense = np.concatenate((standard, centered * VECTOR_SCALE), axis=1)
+        near = _kernel(standard, vector, products, a["landmark_structure"], self._landmark_squares)
+        result: Doubles = (dense @ a["dense_weights"] + near @ a["kernel_weights"] + a["intercept"]).astype(
+            np.float64
+        )
         for row, prompt in enumerate(prompts):
             values = (1.0 + np.log(prompt.counts)) * a["idf"][prompt.grams]
             length = math.sqrt(float(values @ values))
@@ -234,16 +284,13 @@ class SuccessHeads:
     def _forest(self, x: Array) -> tuple[Doubles, Doubles]:
         a = self.arrays
         if len(x) == 1:
-            # What a request waits for: `take` over one row costs half of indexing over many.
-            prompt, feature, threshold = x[0], a["feature"], a["threshold"]
-            children, node = a["children"].reshape(-1), a["roots"]
+            # What a request waits for.
+            prompt, place = x[0], self._places["roots"]
+            feature, threshold, children = (self._places[n] for n in ("feature", "threshold", "children"))
             for _ in range(self._depth):
-                node = children.take(2 * node + (prompt.take(feature.take(node)) > threshold.take(node)))
-            leaf = a["leaf"].take(node)
-            return (
-                a["sums"].take(leaf, axis=0).sum(axis=0, keepdims=True, dtype=np.float64),
-                a["weights"].take(leaf, axis=0).sum(axis=0, keepdims=True, dtype=np.float64),
-            )
+                place = children[place + (prompt[feature[place]] > threshold[place])]
+            found = self._ones @ self._leaves[self._places["leaf"][place]]
+            return found[None, : len(self.models)], found[None, len(self.models) :]
         node = np.broadcast_to(a["roots"], (len(x), self._trees))
         feature, threshold, children = a["feature"], a["threshold"], a["children"].reshape(-1)
         row = np.arange(len(x))[:, None]
@@ -272,7 +319,10 @@ class SuccessHeads:
         """Load what `save` wrote. Raises ArtefactError when damaged, of another format or for another encoder."""
         loaded = Artefact.load(path, encoder_id=encoder_id)
         if loaded.name != NAME or loaded.version != VERSION:
-            raise ArtefactError(f"{path.name} holds {loaded.name}-{loaded.version}, not {NAME}-{VERSION}")
+            raise ArtefactError(
+                f"{path.name} holds {loaded.name}-{loaded.version}, this version reads {NAME}-{VERSION}: "
+                "run farthing learn again"
+            )
         try:
             models, classes = loaded.metadata["models"], loaded.metadata["classes"]
         except KeyError as error:
@@ -332,12 +382,27 @@ def wilson(p: float, n: float) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def calibrate(raw: Doubles, calibration: NDArray[Any]) -> Doubles:
-    """Return sigmoid(a logit(raw) + b), raw cut to .01...99 first; `calibration`: (models, 2), columns a and b."""
-    bounded = np.clip(raw, 0.01, 0.99)
-    logit = np.log(bounded / (1.0 - bounded))
-    result: Doubles = 1.0 / (1.0 + np.exp(-(logit * calibration[:, 0] + calibration[:, 1])))
+def calibrate(prior: Doubles, raw: Doubles, familiarity: Doubles, calibration: NDArray[Any]) -> Doubles:
+    """Return sigmoid(logit(prior) + familiarity (a (logit(raw) - logit(prior)) + b)); at familiarity 0 the prior.
+
+    `prior`, `raw`: (prompts, models), cut to .01...99 first. `familiarity`: (prompts,). `calibration`: (models, 2),
+    columns a and b.
+    """
+    before = _logit(prior)
+    moved = calibration[:, 0] * (_logit(raw) - before) + calibration[:, 1]
+    result: Doubles = 1.0 / (1.0 + np.exp(-(before + familiarity[:, None] * moved)))
+    return np.where(familiarity[:, None] > 0.0, result, prior)
+
+
+def _logit(p: Doubles) -> Doubles:
+    bounded = np.clip(p, 0.01, 0.99)
+    result: Doubles = np.log(bounded / (1.0 - bounded))
     return result
+
+
+def _inputs(structure: Array, components: Array, ridge: Doubles) -> Array:
+    """Return what the forest reads, float32 (prompts, structure + components + models)."""
+    return np.concatenate((structure, components, ridge.astype(np.float32)), axis=1)
 
 
 def _of_class(table: NDArray[Any], rows: list[int]) -> Doubles:
@@ -351,6 +416,31 @@ def _of_class(table: NDArray[Any], rows: list[int]) -> Doubles:
 def _standardised(structure: Array, a: Mapping[str, NDArray[Any]]) -> Array:
     z = np.clip((structure - a["structure_mean"]) / a["structure_scale"], -4.0, 4.0)
     result: Array = (z * (STRUCTURE_SCALE / math.sqrt(z.shape[1]))).astype(np.float32)
+    return result
+
+
+# The kernel reads what `_standardised` returns at scale 1.
+_KERNEL_STRUCTURE = 1.0 / STRUCTURE_SCALE**2
+
+
+def _squares(standard: Array, vector: Array) -> Array:
+    """Return the squared length of every prompt, as the kernel measures it."""
+    result: Array = (
+        _KERNEL_STRUCTURE * (standard * standard).sum(axis=1)
+        + VECTOR_SCALE**2 * (vector * vector).sum(axis=1)
+    ).astype(np.float32)
+    return result
+
+
+def _kernel(standard: Array, vector: Array, products: Array, landmarks: Array, squares: Array) -> Array:
+    """Return exp(-KERNEL_WIDTH |prompt - landmark|^2), float32 (prompts, landmarks).
+
+    `products`: vector times the landmarks' vectors. `landmarks`: their standardised structure, `squares`: their
+    squared lengths. The vectors' mean cancels in the difference.
+    """
+    twice = (2.0 * _KERNEL_STRUCTURE) * (standard @ landmarks.T) + (2.0 * VECTOR_SCALE**2) * products
+    distance = _squares(standard, vector)[:, None] + squares - twice
+    result: Array = np.exp(-KERNEL_WIDTH * np.maximum(distance, 0.0))
     return result
 
 
@@ -459,7 +549,15 @@ def _fit(
         "structure_mean": structure.mean(axis=0),
         "structure_scale": structure.std(axis=0) + np.float32(1e-3),
     }
-    dense = np.concatenate((_standardised(structure, a), centered * np.float32(VECTOR_SCALE)), axis=1)
+    standard = _standardised(structure, a)
+    remembered, nearness, near, products = _landmarks(vector, rng)
+    landmarks, landmark_structure = vector[remembered], standard[remembered]
+    kernel = _kernel(standard, vector, products, landmark_structure, _squares(landmark_structure, landmarks))
+    whitening = _whitening(kernel[remembered])
+    local = kernel @ whitening.astype(np.float32)
+    local_mean = local.mean(axis=0)
+    dense = np.concatenate((standard, centered * np.float32(VECTOR_SCALE), local - local_mean), axis=1)
+    linear = standard.shape[1] + vector.shape[1]
     grams, idf = _tfidf(prompts)
     seen = np.unique(grams.indices)
     grams = grams[:, seen]
@@ -474,17 +572,13 @@ def _fit(
     covariance = (centered.T @ centered).astype(np.float64) / n
     values, directions = np.linalg.eigh(covariance)
     components = directions[:, np.argsort(-values)[:COMPONENTS]].astype(np.float32)
-    forest, unseen_forest, depth = _grow(
-        np.concatenate((structure, centered @ components), axis=1), residual, weight, seed, trees, rng
+    forest, unseen_forest, noise, depth = _grow(
+        _inputs(structure, centered @ components, unseen_ridge), residual, weight, seed, trees, rng
     )
 
-    def raw_of(w: float) -> Doubles:
-        return base.T[rows] + (1.0 - w) * unseen_ridge + w * unseen_forest
-
-    blend = min(BLENDS, key=lambda w: _loss(raw_of(w), y, weight))
-    raw = raw_of(blend)
-    calibration = np.array([_platt(raw[:, m], y[:, m], weight[:, m]) for m in range(len(models))])
-    landmarks, nearness = _landmarks(vector, rng)
+    blend = _blend(unseen_ridge, unseen_forest, residual, weight, noise)
+    raw = base.T[rows] + (1.0 - blend) * unseen_ridge + blend * unseen_forest
+    calibration = _platt(prior.T[rows], raw, familiarity_of(near, nearness), y, weight)
     gram_weights = np.zeros((features.BUCKETS, len(models)), dtype=np.float32)
     gram_weights[seen] = ridge.grams
     a |= forest | {
@@ -493,16 +587,20 @@ def _fit(
         "labels": (weight > 0).sum(axis=0),
         "idf": idf,
         "gram_weights": gram_weights,
-        "dense_weights": ridge.dense,
+        "dense_weights": ridge.dense[:linear],
+        "kernel_weights": (whitening @ ridge.dense[linear:]).astype(np.float32),
+        "intercept": -(local_mean @ ridge.dense[linear:]),
         "center": center,
         "components": components,
         "calibration": calibration,
         "landmarks": landmarks,
+        "landmark_structure": landmark_structure,
     }
     metadata = {
         "features": list(features.NAMES),
         "depth": depth,
         "blend": blend,
+        "carry": _carry(grams, dense, linear, unseen_ridge, residual, weight, seed),
         "nearness": nearness,
         "seed": seed,
         "prompts": n,
@@ -511,56 +609,139 @@ def _fit(
     return cls(models=models, classes=names, encoder_id=encoder_id, arrays=a, metadata=metadata)
 
 
-def _loss(p: Doubles, y: Doubles, weight: Doubles) -> float:
-    """Return the weighted squared error; of the differences between models where prompts carry several labels.
+def _differences(errors: Sequence[Doubles], weight: Doubles) -> tuple[list[Doubles], Doubles]:
+    """Return arrays (prompts, models) less what all models share on a prompt, where prompts carry several labels.
 
-    What decides is which model does better on this prompt, so what all models share on it is left out.
+    What decides is which model does better on this prompt. Where most prompts carry one label, all stays as it is.
     """
-    error, several = p - y, (weight > 0).sum(axis=1) > 1
-    if several.mean() > 0.5:
-        error, weight = error[several], weight[several]
-        error = error - ((error * weight).sum(axis=1) / weight.sum(axis=1))[:, None]
-    return float((weight * error * error).sum())
+    if not _paired(weight):
+        return list(errors), weight
+    several = (weight > 0).sum(axis=1) > 1
+    weight = weight[several]
+    total = weight.sum(axis=1)
+    return [e[several] - ((e[several] * weight).sum(axis=1) / total)[:, None] for e in errors], weight
 
 
-def _platt(raw: Doubles, y: Doubles, weight: Doubles) -> tuple[float, float]:
-    """Fit a, b of `calibrate` by Newton's method on the log loss + CALIBRATION_WORTH ((a - 1)^2 + b^2)."""
-    bounded = np.clip(raw, 0.01, 0.99)
-    z = np.stack((np.log(bounded / (1.0 - bounded)), np.ones(len(raw))), axis=1)
-    start = np.array([1.0, 0.0])
+def _paired(weight: Doubles) -> bool:
+    """Whether most prompts carry several labels, so that models can be compared on the same prompt."""
+    return bool(((weight > 0).sum(axis=1) > 1).mean() > 0.5)
+
+
+def _blend(ridge: Doubles, forest: Doubles, residual: Doubles, weight: Doubles, noise: Doubles) -> float:
+    """Return the forest's share: least squares of unseen rows with a normal prior (BLEND, BLEND_SPREAD).
+
+    `forest` comes from the few trees that have not seen a row, so it varies more than the whole forest will. `noise`
+    (prompts,) is that excess, a variance summed over models; uncorrected it makes the forest look worse than it is.
+    """
+    (beyond, left), w = _differences((forest - ridge, residual - ridge), weight)
+    error = float((w * (left - BLEND * beyond) ** 2).sum() / max(w.sum(), 1e-12))
+    worth = error / BLEND_SPREAD**2
+    several = (weight > 0).sum(axis=1) > 1 if _paired(weight) else np.ones(len(weight), dtype=bool)
+    square = float((w * beyond * beyond).sum())
+    square -= min(float((w.mean(axis=1) * noise[several]).sum()), 0.5 * square)
+    share = ((w * beyond * left).sum() + BLEND * worth) / (square + worth + 1e-12)
+    return float(np.clip(share, 0.0, 1.0))
+
+
+def _carry(
+    grams: Any,
+    dense: Array,
+    linear: int,
+    unseen_ridge: Doubles,
+    residual: Doubles,
+    weight: Doubles,
+    seed: int,
+) -> float:
+    """Return how far differences between models are believed, CAUTION to 1, from at most 8,000 labels."""
+    import warnings
+
+    from sklearn.cluster import KMeans
+
+    n, models = residual.shape
+    rng = np.random.default_rng([seed, CLUSTERS])
+    kept = np.sort(rng.permutation(n)[: max(CLUSTERED_LABELS // models, MIN_LABELS)])
+    grams, dense, residual, weight = grams[kept], dense[kept], residual[kept], weight[kept]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Fewer distinct prompts than clusters.
+        cluster = KMeans(CLUSTERS, n_init=1, random_state=seed).fit_predict(dense[:, :linear])
+    unseen = np.zeros_like(residual)
+    for number in range(CLUSTERS):
+        train, test = cluster != number, cluster == number
+        part = _Ridge(grams[train], dense[train], residual[train], weight[train], PENALTY)
+        unseen[test] = part.predict(grams[test], dense[test])
+    (target, random, apart), w = _differences((residual, unseen_ridge[kept], unseen), weight)
+    at_random, at_clusters = (
+        float((w * (target**2 - (target - predicted) ** 2)).sum()) for predicted in (random, apart)
+    )
+    if at_random <= 0.0:
+        return CAUTION
+    low, high = CARRIED
+    return CAUTION + (1.0 - CAUTION) * min(max((at_clusters / at_random - low) / (high - low), 0.0), 1.0)
+
+
+def _platt(prior: Doubles, raw: Doubles, familiarity: Doubles, y: Doubles, weight: Doubles) -> Doubles:
+    """Return `calibrate`'s (models, 2) by Newton's method on the log loss + CALIBRATION_WORTH ((a - 1)^2 + |b|^2).
+
+    One slope a for all models: a slope each follows the noise of each, and what decides is the difference between
+    models on a prompt.
+    """
+    models = prior.shape[1]
+    row, model = np.nonzero(weight)
+    offset = _logit(prior)
+    change = (familiarity[:, None] * (_logit(raw) - offset))[row, model]
+    x = np.zeros((len(row), models + 1))
+    x[:, 0], x[np.arange(len(row)), model + 1] = change, familiarity[row]
+    offset, target, w = offset[row, model], y[row, model], weight[row, model]
+    start = np.zeros(models + 1)
+    start[0] = 1.0
     beta = start.copy()
     for _ in range(25):
-        p = 1.0 / (1.0 + np.exp(-np.clip(z @ beta, -30, 30)))
-        gradient = z.T @ (weight * (p - y)) + 2.0 * CALIBRATION_WORTH * (beta - start)
-        hessian = (z * (weight * p * (1.0 - p))[:, None]).T @ z + 2.0 * CALIBRATION_WORTH * np.eye(2)
+        p = 1.0 / (1.0 + np.exp(-np.clip(offset + x @ beta, -30, 30)))
+        gradient = x.T @ (w * (p - target)) + 2.0 * CALIBRATION_WORTH * (beta - start)
+        hessian = (x * (w * p * (1.0 - p))[:, None]).T @ x + 2.0 * CALIBRATION_WORTH * np.eye(models + 1)
         step = np.linalg.solve(hessian, gradient)
         beta -= step
         if np.abs(step).max() < 1e-8:
             break
-    # Never turn the order round: a head that is worse than nothing becomes flat.
-    return max(float(beta[0]), 0.0), float(beta[1])
+    # Never turn the order round: heads that are worse than nothing become flat.
+    return np.stack((np.full(models, max(float(beta[0]), 0.0)), beta[1:]), axis=1)
 
 
-def _landmarks(vector: Array, rng: np.random.Generator) -> tuple[Array, list[float]]:
-    """Keep up to 512 prompts' vectors, and the cosines between which familiarity falls from 1 to 0."""
-    order = rng.permutation(len(vector))
-    kept, others = vector[order[:LANDMARKS]], vector[order[LANDMARKS:]]
-    if len(others) >= LANDMARKS:
-        near = (others @ kept.T).max(axis=1)
-    else:
-        cosines = kept @ kept.T
-        np.fill_diagonal(cosines, -1.0)
-        near = cosines.max(axis=1)
+def familiarity_of(near: Array, nearness: Sequence[float]) -> Doubles:
+    """Return 0 at cosines up to `nearness[0]`, 1 from `nearness[1]` on, linear between."""
+    low, high = nearness
+    return np.clip((near.astype(np.float64) - low) / max(high - low, 1e-6), 0.0, 1.0)
+
+
+def _whitening(kernel: Array) -> Doubles:
+    """Return the inverse square root's factor of the landmarks' kernel, columns of unit variance (Nystroem)."""
+    values, directions = np.linalg.eigh(kernel.astype(np.float64))
+    result: Doubles = directions / np.sqrt(np.maximum(values, LEAST_EIGENVALUE))
+    return result
+
+
+def _landmarks(vector: Array, rng: np.random.Generator) -> tuple[Integers, list[float], Array, Array]:
+    """Choose up to 512 prompts to remember.
+
+    Returns their rows, the cosines between which familiarity falls from 1 to 0, each prompt's cosine to its nearest
+    other landmark, and all products of vectors (prompts, landmarks).
+    """
+    rows = rng.permutation(len(vector))[:LANDMARKS]
+    products = vector @ vector[rows].T
+    others = products.copy()
+    others[rows, np.arange(len(rows))] = -1.0
+    near = others.max(axis=1)
     low, high = np.quantile(near, (UNFAMILIAR, FAMILIAR))
-    return kept.astype(np.float32), [float(low), float(max(high, low + 1e-3))]
+    return rows, [float(low), float(max(high, low + 1e-3))], near, products
 
 
 def _grow(
     x: Array, residual: Doubles, weight: Doubles, seed: int, trees: int, rng: np.random.Generator
-) -> tuple[dict[str, NDArray[Any]], Doubles, int]:
+) -> tuple[dict[str, NDArray[Any]], Doubles, Doubles, int]:
     """Grow the forest, every tree on 70 % of the prompts.
 
-    Returns its arrays, the predictions (prompts, models) by the trees that had not seen the prompt, and its depth.
+    Returns its arrays, the predictions (prompts, models) by the trees that had not seen the prompt, by how much
+    these vary more than those of all trees (`_blend`), and its depth.
     """
     try:
         from sklearn.tree import ExtraTreeRegressor
@@ -573,11 +754,14 @@ def _grow(
     importance = weight.sum(axis=1)
     sums, weights = np.zeros((n, models)), np.zeros((n, models))
     unseen_trees = np.zeros(n)
+    single, squares, paired = np.zeros((n, models)), np.zeros(n), _paired(weight)
     parts: dict[str, list[NDArray[Any]]] = {
         key: [] for key in ("feature", "threshold", "children", "leaf", "sums", "weights")
     }
     roots, nodes, leaves, depth = [], 0, 0, 1
     weighted = weight * residual
+    common = np.where((weight > 0).sum(axis=1) > 1, weighted.sum(axis=1) / importance, 0.0)
+    target = np.where(weight > 0, residual - (1.0 - COMMON) * common[:, None], 0.0)
     for number in range(trees):
         order = rng.permutation(n)
         cut = max(int(SAMPLE * n), 1)
@@ -587,7 +771,7 @@ def _grow(
             min_samples_leaf=MIN_LEAF,
             max_features=FEATURE_SHARE,
             random_state=seed * 100_003 + number,
-        ).fit(x[inside], residual[inside], sample_weight=importance[inside])
+        ).fit(x[inside], target[inside], sample_weight=importance[inside])
         tree = grown.tree_
         is_leaf = tree.children_left < 0
         number_of_leaf = np.cumsum(is_leaf) - 1
@@ -601,6 +785,11 @@ def _grow(
         sums[outside] += leaf_sums[landed[outside]]
         weights[outside] += leaf_weights[landed[outside]]
         unseen_trees[outside] += 1
+        alone = leaf_sums / (leaf_weights + SHRINKAGE)
+        if paired:
+            alone -= alone.mean(axis=1, keepdims=True)
+        single[outside] += alone[landed[outside]]
+        squares[outside] += (alone**2).sum(axis=1)[landed[outside]]
         roots.append(nodes)
         parts["feature"].append(np.where(is_leaf, 0, tree.feature).astype(np.int32))
         parts["threshold"].append(tree.threshold.astype(np.float32))
@@ -613,5 +802,8 @@ def _grow(
         depth = max(depth, int(tree.max_depth))
     arrays = {key: np.concatenate(values) for key, values in parts.items()}
     arrays["roots"] = np.array(roots, dtype=np.int32)
-    unseen = sums / (weights + SHRINKAGE * np.maximum(unseen_trees, 1.0)[:, None])
-    return arrays, unseen, depth
+    count = np.maximum(unseen_trees, 1.0)
+    unseen = sums / (weights + SHRINKAGE * count[:, None])
+    variance = (squares - (single**2).sum(axis=1) / count) / np.maximum(count - 1.0, 1.0)
+    noise = np.maximum(variance, 0.0) * np.maximum(1.0 / count - 1.0 / trees, 0.0)
+    return arrays, unseen, noise, depth

@@ -224,8 +224,18 @@ def test_wilson_interval_of_a_textbook_case() -> None:
 
 
 def test_identity_calibration_changes_nothing() -> None:
-    raw = np.array([[0.02, 0.5], [0.4, 0.98]])
-    assert calibrate(raw, np.array([[1.0, 0.0], [1.0, 0.0]])) == pytest.approx(raw)
+    raw, prior = np.array([[0.02, 0.5], [0.4, 0.98]]), np.array([[0.7, 0.6], [0.7, 1.0]])
+    identity = np.array([[1.0, 0.0], [1.0, 0.0]])
+    assert calibrate(prior, raw, np.ones(2), identity) == pytest.approx(raw)
+    assert np.array_equal(calibrate(prior, raw, np.zeros(2), np.array([[2.0, 1.0], [2.0, -1.0]])), prior)
+    between = calibrate(prior, raw, np.full(2, 0.5), identity)
+    assert bool((((between - raw) * (between - prior)) < 0).all())
+
+
+def test_one_slope_serves_all_models(heads: SuccessHeads) -> None:
+    slopes = heads.arrays["calibration"][:, 0]
+    assert np.ptp(slopes) == 0.0
+    assert slopes[0] > 0.5
 
 
 @settings(max_examples=100, deadline=None)
