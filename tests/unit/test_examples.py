@@ -56,8 +56,8 @@ def changes(folder: str, at: datetime = DAY, **tags: str) -> dict[tuple[str, str
     return found
 
 
-def test_there_are_the_eleven_edits() -> None:
-    assert [name[:2] for name in FOLDERS] == [f"{number:02d}" for number in range(1, 12)]
+def test_there_are_the_twelve_edits() -> None:
+    assert [name[:2] for name in FOLDERS] == [f"{number:02d}" for number in range(1, 13)]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -182,6 +182,18 @@ def test_learn_from_own_traffic() -> None:
     before, after = (snapshot("11-learn-from-own-traffic", side).learn for side in ("before", "after"))
     assert before is None
     assert after == LearnPolicy(Decimal("0.02"), NanoUSD(100_000_000_000), "frontier", keep_prompts=False)
+
+
+def test_answer_by_likeness() -> None:
+    found = changes("12-answer-by-likeness")
+    assert set(found) == {("search", "faq-bot")}
+    before, after = (
+        snapshot("12-answer-by-likeness", side).resolve("search", "faq-bot", {}, DAY).cache
+        for side in ("before", "after")
+    )
+    assert (before.semantic, after.semantic) == ("shadow", "enforce")
+    assert (after.max_error, after.quota) == (Decimal("0.02"), 200_000_000)
+    assert (before.scope, before.ttl) == (after.scope, after.ttl)
 
 
 @pytest.mark.parametrize("name", ["providers.yaml", "policy.yaml"])
