@@ -102,8 +102,10 @@ class Decide:
             return _NO_ESTIMATES
         prompt_class = question.prompt_class
         # A verdict is asked about more than once: its neighbours, a downgrade, what substituting would have saved.
+        # Difficulty only moves priors: where none of them speaks, the class alone says what is predicted.
         key = (learned.predictor.id, prompt_class, question.difficulty)
-        known = exchange.estimates.get(key)
+        any_difficulty = (learned.predictor.id, prompt_class, None)
+        known = exchange.estimates.get(key) or exchange.estimates.get(any_difficulty)
         if known is None:
             models = exchange.snapshot.models
             priors = {
@@ -114,6 +116,8 @@ class Decide:
             known = exchange.estimates[key] = learned.predictor.predict(
                 exchange.features, prompt_class, priors
             )
+            if not any(estimate.fallback for estimate in known.values()):
+                exchange.estimates[any_difficulty] = known
         return known
 
     def _quality_floor(self, exchange: Exchange, policy: EffectivePolicy, question: Question) -> Floor | None:

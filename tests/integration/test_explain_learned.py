@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,10 +15,18 @@ from classifiers.floor import Calibration
 from classifiers.head import CLASSES
 from classifiers.success_features import PromptFeatures
 from router.adapters.price_catalogue import shipped_catalogue
+from router.adapters.system import SystemClock
 from router.core.compile import CompiledSnapshot
+from router.core.health import Health
 from router.core.learning import Estimate, Learned
 from router.core.lint import load
+from router.core.types import Caller
 from router.explain import _prompt_lines, explained
+from router.stages.admit import read_wishes
+from router.stages.decide import Decide
+from router.stages.exchange import Exchange
+from router.stages.learn import Learn
+from router.stages.normalise import normalise_chat
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 CLASSIFIER = Classifier.load()
@@ -129,6 +137,29 @@ def test_all_allowed_models_are_asked_about_in_one_call() -> None:
     assert about[0][0] == CLASSIFIER.static.dimensions
     assert set(about[0][2]) == {"small", "frontier"}
     assert 0.9 <= about[0][2]["small"] <= 0.95
+
+
+def test_a_class_is_predicted_once_unless_a_prior_speaks() -> None:
+    def classes_asked(said: Mapping[str, Estimate]) -> list[str]:
+        given, predictor = snapshot(POLICY), Predictor(said)
+        body = {"model": "auto", "messages": [{"role": "user", "content": TEXT}]}
+        exchange = Exchange(
+            id="one", endpoint="chat.completions", opened_at=NOW, started=0.0, caller=Caller("key", "team"),
+            wishes=read_wishes({}), request=normalise_chat(json.dumps(body).encode()), snapshot=given,
+            policy=given.resolve("team", None, {}, NOW), reference=None, baseline_name=None, baseline_price=None,
+        )  # fmt: skip
+        exchange.prices = {name: given.price(name, NOW) for name in exchange.policy.allow}
+        Learn(CLASSIFIER.static, SystemClock()).note_prompt(exchange)
+        decide = Decide(Health(), SystemClock(), lambda: Learned(predictor))
+        verdict = replace(CLASSIFIER.classify(TEXT), prompt_class="medium", difficulty=0.5)
+        decide.could_change(exchange, verdict)
+        for refined in (0.45, 0.55):
+            decide.plan(exchange, exchange.policy, replace(verdict, difficulty=refined))
+        return sorted(asked for _, asked, _ in predictor.asked)
+
+    assert classes_asked(estimates(0.95)) == ["complex", "medium", "simple"]
+    unlike = classes_asked(estimates(0.95, fallback=True, unfamiliar=True))
+    assert unlike == ["complex", "medium", "medium", "medium", "simple"]
 
 
 def test_without_learning_or_with_another_encoders_heads_the_prior_decides() -> None:
