@@ -196,8 +196,8 @@ async def timing(verdict: Verdict, http: Any, gateway: Gateway, keys: dict[Any, 
     stored: list[float] = []
     fresh: list[float] = []
 
-    async def seconds(key: str, text: str) -> float:
-        body = {"model": "middle", "messages": [{"role": "user", "content": text}]}
+    async def seconds(key: str, text: str, model: str) -> float:
+        body = {"model": model, "messages": [{"role": "user", "content": text}]}
         return (await ask(http, gateway.url, key, body)).seconds
 
     order = random.Random(21)  # noqa: S311 - a fixed load
@@ -205,10 +205,11 @@ async def timing(verdict: Verdict, http: Any, gateway: Gateway, keys: dict[Any, 
         known, unknown = f"What happened in the year {n} in Riga?", f"What happened in the year {n} in Oslo?"
         if order.random() < 0.5:
             known, unknown = unknown, known
-        await seconds(first, known)
+        model = ("middle", "auto")[n % 2]  # the second is classified as well
+        await seconds(first, known, model)
         await asyncio.sleep(0.005)
         for text, into in order.sample([(known, stored), (unknown, fresh)], 2):
-            into.append(await seconds(second, text))
+            into.append(await seconds(second, text, model))
     differences = np.asarray(stored) - np.asarray(fresh)
     signs = np.random.default_rng(22).choice([-1.0, 1.0], size=(4000, len(differences)))
     observed = abs(float(np.median(differences)))
