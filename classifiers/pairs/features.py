@@ -211,7 +211,7 @@ class PairFeatures:
         if reasons is None:
             reasons = guard.reasons(x, y)
         out += [float(reason in reasons) for reason in guard.REASONS]
-        out.append(float(len(reasons)))
+        out.append(float(sum(reason in reasons for reason in guard.REASONS)))
         vocabulary_a, vocabulary_b = x.vocabulary, y.vocabulary
         out += _ordered(len(x.names - vocabulary_b - y.names), len(y.names - vocabulary_a - x.names))
         out += [

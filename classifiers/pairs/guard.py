@@ -7,6 +7,7 @@ passes is for the verifier to judge.
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 # A prompt is read up to here; of a longer one the rest is compared by its hash alone (`Reading.rest`).
@@ -27,6 +28,12 @@ REASONS = (
     "person",
     "rest",
 )
+UNREAD = ("signs", "long")
+"""What the verifier cannot judge, found beside `REASONS`: features know nothing of it."""
+LONG = 30
+"""Words. Few pairs that the verifier was trained on are longer (the longest 39): in a longer text one word that
+makes all the difference weighs too little (docs/decisions/0105), so it has to be the same.
+"""
 WORDS = {
     "number": "another number",
     "number_alone": "a number that only one has",
@@ -41,12 +48,19 @@ WORDS = {
     "format": "another format",
     "person": "somebody else's matter",
     "rest": "the end differs",
+    "signs": "other signs or letters",
+    "long": "another long text",
 }
 """What each reason says of two prompts."""
 
 TOKEN = re.compile(
     r"\d{1,2}:\d{2}(?::\d{2})?|\d{4}-\d{2}-\d{2}|\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)?|[%$€£¥°#+*/=<>^@&|~\\-]"
 )
+
+# What neither the encoders nor `TOKEN` read, or read as nothing much: operators, what follows a backslash, emoji,
+# letters of other scripts. Digits are read whatever their script, letters with accents are Latin.
+SIGN = re.compile(r"\\.|[<>=^\\|~+*]|[^\x00-\x7f]", re.DOTALL)
+TYPOGRAPHY = frozenset("’‘“”„‚«»‹›–—…•·®™©´\u00a0\u202f\u200b\u200c\u200d\u2060\ufeff\ufe0f¿¡€£¥°")
 
 
 def word_set(text: str) -> frozenset[str]:
@@ -425,6 +439,7 @@ class Reading:
     owners: frozenset[str]
     asks: str
     rest: int
+    signs: tuple[str, ...] = ()
 
     @property
     def vocabulary(self) -> frozenset[str]:
@@ -434,7 +449,9 @@ class Reading:
 def read(text: str) -> Reading:
     """Read one prompt. Never raises; linear in the first 2,000 characters."""
     rest = hash(text[MAX_CHARACTERS:]) if len(text) > MAX_CHARACTERS else 0
-    text = text[:MAX_CHARACTERS].replace("’", "'")
+    text = text[:MAX_CHARACTERS]
+    signs = _signs(text)
+    text = text.replace("’", "'")
     text = _bare(text) or text
     words: list[str] = []
     names: set[str] = set()
@@ -478,7 +495,21 @@ def read(text: str) -> Reading:
         owners=frozenset(OWNERS[word] for word in vocabulary if word in OWNERS),
         asks=_asks(words),
         rest=rest,
+        signs=signs,
     )
+
+
+def _signs(text: str) -> tuple[str, ...]:
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    found = (match[0] for match in SIGN.finditer(text))
+    return tuple(sign.casefold() if len(sign) == 1 else sign for sign in found if not _read_elsewhere(sign))
+
+
+def _read_elsewhere(sign: str) -> bool:
+    if sign in TYPOGRAPHY or sign.isspace():
+        return True
+    return len(sign) == 1 and sign.isalpha() and unicodedata.name(sign, "").startswith("LATIN ")
 
 
 def _bare(text: str) -> str:
@@ -693,7 +724,9 @@ def _asks(words: list[str]) -> str:
 
 
 def reasons(a: Reading, b: Reading) -> tuple[str, ...]:
-    """Return why one answer cannot serve both prompts, in the order of `REASONS`; empty when nothing was found."""
+    """Return why one answer cannot serve both prompts, in the order of `REASONS` and `UNREAD`; empty when nothing
+    was found.
+    """
     found: list[str] = []
     alone_a, alone_b = unmatched(a.numbers, b.numbers), unmatched(b.numbers, a.numbers)
     if alone_a or alone_b:
@@ -722,6 +755,10 @@ def reasons(a: Reading, b: Reading) -> tuple[str, ...]:
         found.append("person")
     if a.rest != b.rest:
         found.append("rest")
+    if a.signs != b.signs:
+        found.append("signs")
+    if a.words != b.words and max(len(a.words), len(b.words)) > LONG:
+        found.append("long")
     return tuple(found)
 
 

@@ -27,7 +27,7 @@ from classifiers.pairs.lexicon import Lexicon
 MISSING = -9.0
 # Reasons that refuse whatever the verifier thinks. The others are weighed: "not" and "only" also turn up in
 # honest rewordings.
-REFUSING = frozenset(("number", "date", "order", "format", "rest"))
+REFUSING = frozenset(("number", "date", "order", "format", "rest", *guard.UNREAD))
 COSINE = features.names().index("cosine")
 # What `enforce` assumes: of three candidates one is a trap. A scope's own share is measured in `certified` mode.
 TRAP_SHARE = 1 / 3

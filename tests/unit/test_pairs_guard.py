@@ -84,3 +84,33 @@ def test_no_text_takes_long(part: str) -> None:
     guard.read(text)
     guard.read("hi," + text + "x")
     assert time.process_time() - started < 0.5
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("如何开启通知?", "如何关闭通知?"),
+        ("Как включить уведомления?", "Как выключить уведомления?"),
+        ("What does 👍 mean?", "What does 👎 mean?"),
+        ("What is 7 × 5?", "What is 7 ÷ 5?"),
+        ("What is √16?", "What is 16?"),
+        ("What is −5 °C in Fahrenheit?", "What is 5 °C in Fahrenheit?"),
+        (r"What does \d match?", r"What does \D match?"),
+        ("Is 5 > 3?", "Is 5 < 3?"),
+    ],
+)
+def test_what_no_encoder_reads_has_to_be_the_same(a: str, b: str) -> None:
+    assert reasons(a, b)[-1:] == ("signs",)
+    assert reasons(b, a)[-1:] == ("signs",)
+
+
+def test_accents_typography_and_the_case_of_other_letters_are_no_signs() -> None:
+    assert not reasons("What’s a “café” – in short…", "What's a cafe\u0301 - in short")
+    assert not reasons("Где мой заказ?", "где мой заказ")
+    assert not reasons("It costs 5 € at 20 °C", "It costs 5 € at 20 °C\u200b")
+
+
+def test_a_long_text_has_to_have_the_same_words() -> None:
+    text = " ".join(f"Member {chr(97 + at // 26)}{chr(97 + at % 26)} spoke." for at in range(40))
+    assert "long" in reasons(text + " List the verbs.", text + " List the nouns.")
+    assert not reasons(text + " List the verbs.", "Hello! " + text + "\nlist the verbs")
