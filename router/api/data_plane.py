@@ -42,6 +42,7 @@ Send = Callable[[Message], Awaitable[None]]
 MAX_BODY = 32 * 1024 * 1024
 WATCH_AFTER = 0.05
 """Seconds after which an answer in the making is worth watching for a client that leaves."""
+LISTS = ("cache-control", "x-farthing-tags")
 _LOOPBACK = ("127.", "::1")
 
 
@@ -277,11 +278,11 @@ def _route(path: str) -> tuple[Route, str]:
 
 
 def _headers(scope: Scope) -> dict[str, str]:
-    """Lower-case names. A header given twice keeps its last value, except `x-farthing-tags`, which add up."""
+    """Lower-case names. A header given twice keeps its last value; those of LISTS add up (RFC 9110, 5.3)."""
     headers: dict[str, str] = {}
     for raw_name, raw_value in scope["headers"]:
         name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
-        if name == "x-farthing-tags" and name in headers:
+        if name in LISTS and name in headers:
             value = f"{headers[name]},{value}"
         headers[name] = value
     return headers

@@ -106,7 +106,8 @@ def read_wishes(headers: Mapping[str, str]) -> Wishes:
             text = directive.removeprefix("max-age=")
             if not text.isdecimal() or len(text) > 9:
                 raise InvalidRequest("'Cache-Control: max-age' takes whole seconds.", param="cache-control")
-            max_age = float(text)
+            # Given twice, the stricter one holds.
+            max_age = float(text) if max_age is None else min(max_age, float(text))
     return Wishes(
         tags=_tags(headers.get("x-farthing-tags")),
         read_cache=not no_store and "no-cache" not in directives,

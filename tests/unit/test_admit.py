@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.adapters.memory import MemoryKeyDirectory
+from router.api.data_plane import _headers
 from router.core.errors import InvalidRequest, NotAuthenticated, Overloaded, UnavailableError
 from router.core.types import Caller
 from router.stages.admit import MAX_TAGS, Admission, key_hash, merge_tags, read_wishes
@@ -107,6 +108,16 @@ def test_cache_wishes(headers: Mapping[str, str], read: bool, write: bool) -> No
 
 def test_max_age() -> None:
     assert read_wishes({"cache-control": "max-age=60"}).max_age == 60
+    for text in ("max-age=60, max-age=0", "max-age=0,max-age=60", "max-age=0, max-age=7, max-age=60"):
+        assert read_wishes({"cache-control": text}).max_age == 0
+
+
+def test_a_wish_in_a_second_header_counts() -> None:
+    sent = [(b"cache-control", b"no-store"), (b"cache-control", b"max-age=60"), (b"x-request-id", b"one")]
+    headers = _headers({"headers": [*sent, (b"x-request-id", b"two")]})
+    wishes = read_wishes(headers)
+    assert (wishes.read_cache, wishes.write_cache, wishes.max_age) == (False, False, 60)
+    assert wishes.caller_request_id == "two"
 
 
 def test_wishes_are_read() -> None:
