@@ -143,7 +143,7 @@ class Pipeline:
     def _join_or_lead(self, exchange: Exchange, key: str | None) -> Flight:
         # Who limits the age of an answer does not wait for what a request without that limit may find.
         joins = exchange.wishes.read_cache and exchange.wishes.max_age is None
-        shared = self.flights.joinable(key, exchange.generation) if joins else None
+        shared = self.flights.joinable(key, exchange.generation, exchange.policy.cache) if joins else None
         if shared is not None:
             exchange.cache = "exact"
             return shared

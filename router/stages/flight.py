@@ -15,6 +15,7 @@ from typing import Protocol
 
 from router.core.cached import CacheCandidate
 from router.core.errors import CallLost
+from router.core.policy import CachePolicy
 from router.core.ports import CallBegun, CallEnded, CallPart
 from router.core.types import Usage
 from router.stages.exact import StoredAnswer
@@ -78,12 +79,14 @@ class Flight:
     """Start it with `start`; read it through `subscribe`. `key` is None for a call nobody else may join. `leader` is
     the request that makes the call and books it; None: one of another worker does, or the answer was `stored`.
     `drain`: the call goes on when its last reader leaves. `generation`: the newest rule against stored answers known
-    when it began; an answer in the making is of no more use than a stored one once a newer rule is made.
+    when it began; an answer in the making is of no more use than a stored one once a newer rule is made. `cache`: the
+    leader's policy, which says what stored answer it may find.
     """
 
     def __init__(self, key: str | None, leader: Exchange) -> None:
         self.key = key
         self.generation = leader.generation
+        self.cache = leader.policy.cache
         self.leader: Exchange | None = leader
         self.stored: StoredAnswer | None = None
         self.alike: CacheCandidate | None = None
@@ -353,10 +356,12 @@ class Flights:
     def __len__(self) -> int:
         return len(self._flights)
 
-    def joinable(self, key: str | None, generation: int) -> Flight | None:
-        """None as well where a rule newer than the call is known, by its `generation`."""
+    def joinable(self, key: str | None, generation: int, cache: CachePolicy) -> Flight | None:
+        """None as well where a rule newer than the call is known, by its `generation`, or the leader's app may have
+        stored answers that this one may not.
+        """
         flight = self._flights.get(key) if key is not None else None
-        if flight is None or not flight.joinable or flight.generation < generation:
+        if flight is None or not flight.joinable or flight.generation < generation or flight.cache != cache:
             return None
         return flight
 

@@ -41,7 +41,8 @@ class Sharing:
         Raises UpstreamFailed where another worker's call failed before its answer began.
         """
         key = flight.key
-        if key is None or not exchange.wishes.read_cache:
+        # Who limits the age of an answer waits for no call that began before.
+        if key is None or not exchange.wishes.read_cache or exchange.wishes.max_age is not None:
             return False
         over: CallElsewhere | None = None
         for _ in range(ROUNDS):

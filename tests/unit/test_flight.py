@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from decimal import Decimal
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from router.core.errors import RequestError, UpstreamFailed
+from router.core.policy import CachePolicy
 from router.stages.exchange import Exchange
 from router.stages.flight import AHEAD, KEEP, Flight, FlightLost, Flights, Head, Subscription
 from tests.unit.pipeline_parts import GOOD_ANSWER, GOOD_STREAM, Rig, Script, chunk, eventually
@@ -20,7 +22,8 @@ Run = Callable[[Exchange, Flight], Awaitable[None]]
 
 
 def leader() -> Exchange:
-    return cast(Exchange, SimpleNamespace(request=SimpleNamespace(stream=True), generation=0))
+    policy = SimpleNamespace(cache=CachePolicy())
+    return cast(Exchange, SimpleNamespace(request=SimpleNamespace(stream=True), generation=0, policy=policy))
 
 
 def fly(run: Run, landed: list[Flight] | None = None) -> Flight:
@@ -206,10 +209,13 @@ async def test_flights_forget_what_has_landed() -> None:
 
     flight = flights.start("key", leader(), run, lambda *_: None)
     subscription = flight.subscribe()
-    assert flights.joinable("key", 0) is flight
-    assert flights.joinable("other", 0) is None
-    assert flights.joinable(None, 0) is None
-    assert flights.joinable("key", 1) is None, "a rule was made since it began"
+    assert flights.joinable("key", 0, CachePolicy()) is flight
+    assert flights.joinable("other", 0, CachePolicy()) is None
+    assert flights.joinable(None, 0, CachePolicy()) is None
+    assert flights.joinable("key", 1, CachePolicy()) is None, "a rule was made since it began"
+    stricter = CachePolicy(semantic="enforce"), CachePolicy(max_error=Decimal("0.001")), CachePolicy(ttl=60)
+    for cache in stricter:
+        assert flights.joinable("key", 0, cache) is None, "it may find what this app must not have"
     await read(subscription)
     assert len(flights) == 0
 
@@ -383,6 +389,19 @@ async def test_who_wants_a_fresh_answer_neither_shares_nor_is_shared() -> None:
     ]
     await asyncio.gather(*asked)
     assert len(one.wire.calls) == 3, "one each for those who wanted it, one for the other two"
+
+
+async def test_who_limits_the_age_waits_for_no_call_that_began_before() -> None:
+    one = Rig()
+    two = Rig(beside=one)
+    one.wire.scripts["first"] = [Script(chunk("Hello"), 0.1, *GOOD_STREAM)]
+    young = {"cache-control": "max-age=5"}
+    asked = [
+        asyncio.create_task(rig.ask(stream=True, headers=headers))
+        for rig, headers in ((one, {}), (one, young), (two, young))
+    ]
+    await asyncio.gather(*asked)
+    assert len(one.wire.calls) == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
