@@ -33,14 +33,34 @@ def _reject_constant(name: str) -> NoReturn:
 
 # The C scanner json itself uses: (text, index after the quote, strict) -> (string, index after it).
 scanstring: Callable[[str, int, bool], tuple[str, int]] = decoder.scanstring  # type: ignore[attr-defined]
-_decoder = json.JSONDecoder(parse_constant=_reject_constant)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises InvalidRequest where a name is given twice: which of the two counts is up to the reader."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _twice(next(name for name in names if names.count(name) > 1))
+    return values
+
+
+def _twice(name: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"The field {name[:64]!r} is given twice. Two readers of this body could see two different requests: "
+        "send it once.",
+        param=name[:64],
+        code="duplicate_field",
+    )
+
+
+_decoder = json.JSONDecoder(parse_constant=_reject_constant, object_pairs_hook=_once)
 _written = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def parse_object(raw: bytes) -> JsonObject:
     """The top-level object of `raw` (RFC 8259, UTF-8).
 
-    Raises InvalidRequest: not UTF-8, not JSON, not an object, a top-level key given twice, nested deeper than
+    Raises InvalidRequest: not UTF-8, not JSON, not an object, a key given twice, nested deeper than
     MAX_DEPTH.
     """
     try:
@@ -80,12 +100,7 @@ def _scan(text: str) -> JsonObject:
             start = _skip(text, at + 1)
             value, at = _decoder.raw_decode(text, start)
             if name in values:
-                raise InvalidRequest(
-                    f"The field {name[:64]!r} is given twice. Two readers of this body could see two "
-                    "different requests: send it once.",
-                    param=name[:64],
-                    code="duplicate_field",
-                )
+                raise _twice(name)
             values[name] = value
             spans[name] = (start, at)
             at = _skip(text, at)

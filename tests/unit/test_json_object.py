@@ -152,6 +152,7 @@ def test_anything_is_parsed_or_refused(raw: bytes) -> None:
         (b'{"a":"\xff"}', "invalid_json"),
         (b'{"a":1,"b":2,"a":3}', "duplicate_field"),
         (b'{"model":"a","mod\\u0065l":"b"}', "duplicate_field"),
+        (b'{"messages":[{"role":"user","content":"A","content":"B"}]}', "duplicate_field"),
         (b'{"a":' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}", "too_deep"),
         (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), "too_deep"),
         (b'{"a":' + b"[" * 200_000, "too_deep"),
