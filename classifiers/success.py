@@ -19,10 +19,10 @@ it had not seen), one forest for all models. A leaf keeps, per model, the sum of
 prediction is sum(residuals) / (sum(weights) + SHRINKAGE * trees), the posterior mean under a prior worth SHRINKAGE
 labels: no labels near the prompt, no departure from the base. w, a, b come from predictions for rows the learners had
 not seen. Trees split where models differ rather than where all do better or worse (COMMON).
-*carry*: a router acts on which model does better here, and that is what it loses by on kinds of prompts without
-labels. So clusters of the labelled prompts are held out. Where what the ridge knows of such differences carries over
-to them (most of what it explains of rows held out at random), they are believed in full, else to CAUTION. It is one
-number for all prompts, so that those which gain most from a stronger model stay in order.
+*carry* is 1 unless `cautious`. A router acts on which model does better here, and that is what it loses by on kinds
+of prompts without labels. So clusters of the labelled prompts are held out. Where what the ridge knows of such
+differences carries over to them (most of what it explains of rows held out at random), they are believed in full,
+else to CAUTION. It is one number for all prompts, so that those which gain most from a stronger model stay in order.
 *familiarity* falls from 1 to 0 with the cosine to the nearest remembered prompt; at 0 the prior stands alone.
 
 The interval is Wilson's (1927) with `evidence` + PRIOR_WORTH observations, evidence being the labels of this model
@@ -348,10 +348,13 @@ class SuccessHeads:
         encoder_id: str,
         seed: int,
         trees: int = TREES,
+        cautious: bool = False,
     ) -> SuccessHeads:
         """Learn from labels; `priors`: model -> class -> probability, in the order `labels.model` indexes.
 
-        `classes` gives each prompt's class. Equal input, seed and one BLAS thread give equal arrays. Raises
+        `classes` gives each prompt's class. `cautious`: the heads will be asked about kinds of prompts that no label
+        speaks of, so differences between models are believed only as far as they carry over (`carry` above). Equal
+        input, seed and one BLAS thread give equal arrays. Raises
         ValueError for labels out of range, unknown classes or fewer than 30 labelled prompts, and
         ModuleNotFoundError without scikit-learn.
         """
@@ -371,7 +374,21 @@ class SuccessHeads:
         residual = np.where(weight > 0, y - base.T[rows], 0.0)
         rng = np.random.default_rng(seed)
         return _fit(
-            cls, prompts, rows, y, weight, residual, base, prior, models, names, encoder_id, seed, trees, rng
+            cls,
+            prompts,
+            rows,
+            y,
+            weight,
+            residual,
+            base,
+            prior,
+            models,
+            names,
+            encoder_id,
+            seed,
+            trees,
+            cautious,
+            rng,
         )
 
 
@@ -539,6 +556,7 @@ def _fit(
     encoder_id: str,
     seed: int,
     trees: int,
+    cautious: bool,
     rng: np.random.Generator,
 ) -> SuccessHeads:
     n = len(prompts)
@@ -600,7 +618,7 @@ def _fit(
         "features": list(features.NAMES),
         "depth": depth,
         "blend": blend,
-        "carry": _carry(grams, dense, linear, unseen_ridge, residual, weight, seed),
+        "carry": _carry(grams, dense, linear, unseen_ridge, residual, weight, seed) if cautious else 1.0,
         "nearness": nearness,
         "seed": seed,
         "prompts": n,

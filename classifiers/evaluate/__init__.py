@@ -206,6 +206,7 @@ def _fit(
         priors,
         encoder_id=encoder_id,
         seed=seed,
+        cautious=True,
     )
 
 
@@ -374,7 +375,13 @@ def decision_times(
     scores = answers.scores[:, np.arange(models) % answers.scores.shape[1]]
     priors = {name: {CLASS: 0.6} for name in names}
     heads = SuccessHeads.fit(
-        features, [CLASS] * len(features), Labels.dense(scores), priors, encoder_id=encoder_id, seed=0
+        features,
+        [CLASS] * len(features),
+        Labels.dense(scores),
+        priors,
+        encoder_id=encoder_id,
+        seed=0,
+        cautious=True,
     )
     now = dict.fromkeys(names, 0.6)
     text = "A baker sells 3 loaves for 2 dollars each and 5 rolls. How much does he earn?"

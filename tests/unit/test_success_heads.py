@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from classifiers import success_features
+from classifiers import artefact, success_features
 from classifiers.encoder import ArtefactError
 from classifiers.success import Labels, SuccessHeads, calibrate, wilson
 from classifiers.success_features import PromptFeatures, read
@@ -230,6 +230,42 @@ def test_identity_calibration_changes_nothing() -> None:
     assert np.array_equal(calibrate(prior, raw, np.zeros(2), np.array([[2.0, 1.0], [2.0, -1.0]])), prior)
     between = calibrate(prior, raw, np.full(2, 0.5), identity)
     assert bool((((between - raw) * (between - prior)) < 0).all())
+
+
+def test_caution_brings_models_together_and_keeps_the_level() -> None:
+    made, hard = prompts(200, 1)
+    heads = SuccessHeads.fit(
+        made, ["simple"] * 200, labels(hard, 2), PRIORS, encoder_id=ENCODER, seed=0, trees=5, cautious=True
+    )
+    assert 0.3 <= heads.metadata["carry"] <= 1.0
+    unseen, _ = prompts(50, 9)
+    bold, careful = (
+        SuccessHeads(
+            models=heads.models,
+            classes=heads.classes,
+            encoder_id=ENCODER,
+            arrays=heads.arrays,
+            metadata={**heads.metadata, "carry": carry},
+        )
+        .predict_many(unseen, ["simple"] * 50)
+        .probability
+        for carry in (1.0, 0.4)
+    )
+    prior = np.array([PRIORS[model]["simple"] for model in MODELS])
+    before, after = bold - prior, careful - prior
+    inside = (careful > 0.0).all(axis=1) & (careful < 1.0).all(axis=1)
+    assert inside.any()
+    assert (after[:, 0] - after[:, 1])[inside] == pytest.approx(0.4 * (before[:, 0] - before[:, 1])[inside])
+    assert after[inside, :2].mean(axis=1) == pytest.approx(before[inside, :2].mean(axis=1))
+
+
+def test_heads_of_an_older_format_are_refused_with_the_remedy(heads: SuccessHeads, tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    artefact.save(path, name="success", version="1", encoder_id=ENCODER, metadata={}, arrays=heads.arrays)
+    with pytest.raises(
+        ArtefactError, match=r"success-1, this version reads success-2: run farthing learn again"
+    ):
+        SuccessHeads.load(path, encoder_id=ENCODER)
 
 
 def test_one_slope_serves_all_models(heads: SuccessHeads) -> None:
