@@ -37,6 +37,9 @@ _TENANTS = _PREFIX + "tenants"
 _KEPT_CHANGES = 20_000
 _READ_CHANGES = 500
 _SCANNED = 200
+# A reply of that size is read well within the time limit of an operation, and without holding up other requests.
+_SCAN_BYTES = 256 * 1024
+_SCANNED_AT_FIRST = 16
 _BATCH = 8
 _BATCH_BYTES = 1024 * 1024
 _TAKEN_MS = 60_000
@@ -512,8 +515,8 @@ class RedisSemanticStore:
                 wanted.setdefault((change.tenant, change.partition), []).append(change.id)
         found: dict[tuple[str, str], SemanticEntry] = {}
         for (tenant, partition), ids in wanted.items():
-            for start in range(0, len(ids), _SCANNED):
-                some = ids[start : start + _SCANNED]
+            for start in range(0, len(ids), _SCANNED_AT_FIRST):
+                some = ids[start : start + _SCANNED_AT_FIRST]
                 key = _key(tenant, f"members:{partition}")
                 values = await self._connection.execute("HMGET", key, *some)
                 for id, value in zip(some, values, strict=True):
@@ -551,12 +554,14 @@ class RedisSemanticStore:
     # Small things.
 
     async def _scan(self, tenant: str, partition: str, found: dict[str, SemanticEntry]) -> None:
-        cursor = 0
+        cursor, count = 0, _SCANNED_AT_FIRST
         while True:
             reply: Any = await self._connection.execute(
-                "HSCAN", _key(tenant, f"members:{partition}"), cursor, "COUNT", _SCANNED
+                "HSCAN", _key(tenant, f"members:{partition}"), cursor, "COUNT", count
             )
             cursor = int(reply[0])
+            if size := sum(map(len, reply[1].values())):
+                count = min(_SCANNED, max(1, _SCAN_BYTES * len(reply[1]) // size))
             for name, value in reply[1].items():
                 if (entry := _entry_of(value, tenant, partition, _text(name))) is not None:
                     found[entry.id] = entry
