@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from classifiers.floor import Calibration
 from classifiers.head import CLASSES
-from classifiers.success import Labels, SuccessHeads
+from classifiers.success import TREES, Labels, SuccessHeads
 from classifiers.success_features import PromptFeatures
 
 Floats = NDArray[np.float64]
@@ -82,7 +82,6 @@ def fit(
     examples: Examples, priors: Priors, encoder_id: str, seed: int, trees: int | None = None
 ) -> SuccessHeads:
     """Heads of all rows. `priors` names the models in the order of `examples.models`. Needs scikit-learn."""
-    options = {} if trees is None else {"trees": trees}
     return SuccessHeads.fit(
         examples.prompts,
         examples.classes,
@@ -90,7 +89,7 @@ def fit(
         priors,
         encoder_id=encoder_id,
         seed=seed,
-        **options,
+        trees=TREES if trees is None else trees,
     )
 
 
