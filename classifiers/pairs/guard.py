@@ -28,7 +28,7 @@ REASONS = (
     "person",
     "rest",
 )
-UNREAD = ("signs", "long")
+UNREAD = ("signs", "long", "wording")
 """What the verifier cannot judge, found beside `REASONS`: features know nothing of it."""
 LONG = 30
 """Words. Few pairs that the verifier was trained on are longer (the longest 39): in a longer text one word that
@@ -50,6 +50,7 @@ WORDS = {
     "rest": "the end differs",
     "signs": "other signs or letters",
     "long": "another long text",
+    "wording": "the wording itself is asked about",
 }
 """What each reason says of two prompts."""
 
@@ -70,6 +71,12 @@ def word_set(text: str) -> frozenset[str]:
 COURTESY = word_set(
     "hi hello hey please thanks thank thx cheers sorry kindly pls good morning afternoon evening dear "
     "greetings"
+)
+# Who asks about these asks about the wording, where a letter, a typo or a courtesy is what counts.
+LITERAL = word_set(
+    "spell spells spelled spelling spelt misspelled misspelling letters "
+    "anagram anagrams palindrome rhyme rhymes syllable syllables grammar proofread typo typos synonym synonyms "
+    "antonym antonyms pronounce pronounced pronunciation"
 )
 # Applied to the first and last characters of a prompt alone, so that no text makes them slow.
 OPENINGS = re.compile(
@@ -440,6 +447,7 @@ class Reading:
     asks: str
     rest: int
     signs: tuple[str, ...] = ()
+    polite: frozenset[str] = frozenset()
 
     @property
     def vocabulary(self) -> frozenset[str]:
@@ -475,6 +483,8 @@ def read(text: str) -> Reading:
         else:
             words.append(lower)
         starts = False
+    # At the ends they are gone by now: what is left is within what is said, and may be what it is about.
+    polite = frozenset(word for word in words if word in COURTESY)
     words = [word for word in words if word not in COURTESY or word in ("morning", "evening", "afternoon")]
     if not words:
         words = [match[0].lower() for match in TOKEN.finditer(text)]
@@ -496,6 +506,7 @@ def read(text: str) -> Reading:
         asks=_asks(words),
         rest=rest,
         signs=signs,
+        polite=polite,
     )
 
 
@@ -759,6 +770,11 @@ def reasons(a: Reading, b: Reading) -> tuple[str, ...]:
         found.append("signs")
     if a.words != b.words and max(len(a.words), len(b.words)) > LONG:
         found.append("long")
+    literal = not LITERAL.isdisjoint(a.words) or not LITERAL.isdisjoint(b.words)
+    if (a.polite - b.polite and b.polite - a.polite) or (
+        literal and (a.words, a.polite) != (b.words, b.polite)
+    ):
+        found.append("wording")
     return tuple(found)
 
 

@@ -114,3 +114,21 @@ def test_a_long_text_has_to_have_the_same_words() -> None:
     text = " ".join(f"Member {chr(97 + at // 26)}{chr(97 + at % 26)} spoke." for at in range(40))
     assert "long" in reasons(text + " List the verbs.", text + " List the nouns.")
     assert not reasons(text + " List the verbs.", "Hello! " + text + "\nlist the verbs")
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("How do you say thanks in French?", "How do you say please in French?"),
+        ("Translate 'hello' to Spanish", "Translate 'sorry' to Spanish"),
+        ("Is 'recieve' spelled right?", "Is 'receive' spelled right?"),
+        ("Count the letters in strawberry", "Count the letters in strawbery"),
+    ],
+)
+def test_where_the_wording_is_the_matter_it_has_to_be_the_same(a: str, b: str) -> None:
+    assert reasons(a, b) == reasons(b, a) == ("wording",)
+
+
+def test_courtesies_around_what_is_asked_may_differ() -> None:
+    for courteous in ("Hi, how do I pay?", "Could you please say how I pay?", "How do I pay? Many thanks"):
+        assert "wording" not in reasons(courteous, "Hello! How do I pay, please?")
