@@ -359,3 +359,29 @@ async def test_under_use_nothing_fails_and_nothing_waits(
     assert await other.body(after) == BODY
     await other.close()
     await other_connection.close()
+
+
+async def test_long_prompts_are_read_in_pieces_that_hold_nobody_up(
+    server: ValkeyServer, store: RedisSemanticStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [replace(entry_of(), prompt="長" * 8_000) for _ in range(100)]
+    for entry in entries:
+        store.put(entry, BODY, QUOTA)
+    await written(store)
+    beside = connect(server.url)
+    execute, sizes = beside.execute, []
+
+    async def measured(*words: str | bytes | int, trial: bool = False) -> object:
+        reply = await execute(*words, trial=trial)
+        if words[0] == "HSCAN":
+            sizes.append(sum(map(len, reply[1].values())))
+        return reply
+
+    monkeypatch.setattr(beside, "execute", measured)
+    other = RedisSemanticStore(beside, RunningClock())
+    loaded = await other.load("partition")
+    await other.close()
+    await beside.close()
+    assert loaded is not None
+    assert {entry.id for entry in loaded} == {entry.id for entry in entries}
+    assert max(sizes) < 1024 * 1024 < sum(sizes)
