@@ -36,7 +36,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,8 +96,7 @@ class Labels:
         return cls(prompt, model, scores[prompt, model], np.ones(len(prompt)))
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """One model's success on one prompt: probability with a 90 % interval, all 0..1.
 
     `evidence`: labels of this model near the prompt. `familiarity`: 0 (prior alone) to 1. `source`: `learned`,
@@ -144,6 +143,15 @@ class SuccessHeads:
             self._depth = int(metadata["depth"])
             self._trees = len(self.arrays["roots"])
             self._labels = self.arrays["labels"].tolist()
+            # By twice the node's number, and as `take` wants its indices: it would convert them each time.
+            self._walk = (
+                np.repeat(self.arrays["feature"].astype(np.intp), 2),
+                np.repeat(self.arrays["threshold"], 2),
+                2 * self.arrays["children"].reshape(-1).astype(np.intp),
+                2 * self.arrays["roots"].astype(np.intp),
+                np.repeat(self.arrays["leaf"].astype(np.intp), 2),
+            )
+            self._priors, self._base = _by_class(self.arrays["priors"]), _by_class(self.arrays["base"])
             self._blend, self._carry = float(metadata["blend"]), float(metadata["carry"])
             self._labelled = self.arrays["labels"] > 0
             # The same trees for one prompt: every node takes two places, its number doubled, so that a step is one
@@ -216,17 +224,19 @@ class SuccessHeads:
         probability, near, familiar = self._chunk((prompt,), (prompt_class,))
         familiarity = float(familiar[0])
         result = {}
-        probabilities, evidences = probability[0].tolist(), (near[0] * familiarity).tolist()
+        evidence = near[0] * familiarity
+        lowest, highest = _wilson(probability[0], evidence + PRIOR_WORTH)
+        columns = (probability[0].tolist(), lowest.tolist(), highest.tolist(), evidence.tolist())
+        found = [Estimate(*row, familiarity, "learned") for row in zip(*columns, strict=True)]
+        known = prompt_class in self._class
         for model, prior in priors.items():
             row = self._row.get(model)
-            if row is None or not self._labels[row] or prompt_class not in self._class:
-                p, evidence, source = float(prior), 0.0, "prior"
-            elif familiarity <= 0.0:
-                p, evidence, source = float(prior), 0.0, "unfamiliar"
-            else:
-                p, evidence, source = probabilities[row], evidences[row], "learned"
-            lower, upper = wilson(p, evidence + PRIOR_WORTH)
-            result[model] = Estimate(p, lower, upper, evidence, familiarity, source)
+            if row is not None and known and familiarity > 0.0 and self._labels[row]:
+                result[model] = found[row]
+                continue
+            lower, upper = wilson(prior, PRIOR_WORTH)
+            source = "prior" if row is None or not known or not self._labels[row] else "unfamiliar"
+            result[model] = Estimate(float(prior), lower, upper, 0.0, familiarity, source)
         return result
 
     def predict_many(self, prompts: Sequence[PromptFeatures], classes: Sequence[str]) -> Batch:
@@ -247,7 +257,7 @@ class SuccessHeads:
         cosines = vector @ a["landmarks"].T
         familiarity = familiarity_of(cosines.max(axis=1), self._nearness)
         rows = [self._class.get(name, -1) for name in classes]
-        priors, base = _of_class(a["priors"], rows), _of_class(a["base"], rows)
+        priors, base = self._priors[rows], self._base[rows]
         centered = vector - a["center"]
         ridge = self._ridge(prompts, structure, centered, vector, cosines)
         sums, weights = self._forest(_inputs(structure, centered @ a["components"], ridge))
@@ -256,7 +266,7 @@ class SuccessHeads:
         p = calibrate(priors, raw, familiarity, a["calibration"])
         if self._carry < 1.0 and self._labelled.any():
             common = (p - priors)[:, self._labelled].mean(axis=1, keepdims=True)
-            p = np.clip(p - (1.0 - self._carry) * (p - priors - common), 0.0, 1.0)
+            p = np.minimum(np.maximum(p - (1.0 - self._carry) * (p - priors - common), 0.0), 1.0)
         return p, weights / self._trees, familiarity
 
     def _ridge(
@@ -399,6 +409,14 @@ def wilson(p: float, n: float) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
+def _wilson(p: Doubles, n: Doubles) -> tuple[Doubles, Doubles]:
+    """Return `wilson` of many proportions at once."""
+    scale = 1.0 / (1.0 + Z * Z / n)
+    center = (p + Z * Z / (2.0 * n)) * scale
+    half = Z * scale * np.sqrt(p * (1.0 - p) / n + Z * Z / (4.0 * n * n))
+    return np.maximum(0.0, center - half), np.minimum(1.0, center + half)
+
+
 def calibrate(prior: Doubles, raw: Doubles, familiarity: Doubles, calibration: NDArray[Any]) -> Doubles:
     """Return sigmoid(logit(prior) + familiarity (a (logit(raw) - logit(prior)) + b)); at familiarity 0 the prior.
 
@@ -412,7 +430,8 @@ def calibrate(prior: Doubles, raw: Doubles, familiarity: Doubles, calibration: N
 
 
 def _logit(p: Doubles) -> Doubles:
-    bounded = np.clip(p, 0.01, 0.99)
+    # Not np.clip: its ways through Python cost a request more than the numbers do.
+    bounded = np.minimum(np.maximum(p, 0.01), 0.99)
     result: Doubles = np.log(bounded / (1.0 - bounded))
     return result
 
@@ -422,16 +441,15 @@ def _inputs(structure: Array, components: Array, ridge: Doubles) -> Array:
     return np.concatenate((structure, components, ridge.astype(np.float32)), axis=1)
 
 
-def _of_class(table: NDArray[Any], rows: list[int]) -> Doubles:
-    """Return table[:, class] per row, (rows, models); the mean over classes for row -1."""
+def _by_class(table: NDArray[Any]) -> Doubles:
+    """Return (classes + 1, models): the last row, which -1 picks, is the mean over classes."""
     known = table.T.astype(np.float64)
-    padded = np.concatenate((known, known.mean(axis=0, keepdims=True)))
-    result: Doubles = padded[rows]
+    result: Doubles = np.concatenate((known, known.mean(axis=0, keepdims=True)))
     return result
 
 
 def _standardised(structure: Array, a: Mapping[str, NDArray[Any]]) -> Array:
-    z = np.clip((structure - a["structure_mean"]) / a["structure_scale"], -4.0, 4.0)
+    z = np.minimum(np.maximum((structure - a["structure_mean"]) / a["structure_scale"], -4.0), 4.0)
     result: Array = (z * (STRUCTURE_SCALE / math.sqrt(z.shape[1]))).astype(np.float32)
     return result
 
@@ -728,7 +746,9 @@ def _platt(prior: Doubles, raw: Doubles, familiarity: Doubles, y: Doubles, weigh
 def familiarity_of(near: Array, nearness: Sequence[float]) -> Doubles:
     """Return 0 at cosines up to `nearness[0]`, 1 from `nearness[1]` on, linear between."""
     low, high = nearness
-    return np.clip((near.astype(np.float64) - low) / max(high - low, 1e-6), 0.0, 1.0)
+    share = (near.astype(np.float64) - low) / max(high - low, 1e-6)
+    result: Doubles = np.minimum(np.maximum(share, 0.0), 1.0)
+    return result
 
 
 def _whitening(kernel: Array) -> Doubles:

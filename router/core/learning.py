@@ -8,6 +8,8 @@ from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 if TYPE_CHECKING:
     from classifiers.floor import Calibration
     from classifiers.success_features import PromptFeatures
@@ -39,8 +41,7 @@ class Label:
     comment: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(msgspec.Struct, frozen=True):
     """A model's probability of a good answer, with an interval. `evidence` is the weight of the labels behind it;
     `fallback`: the prior alone speaks, and `unfamiliar` says that it does because the prompt is unlike the labelled
     traffic, not for want of labels of this model.
