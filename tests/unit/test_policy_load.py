@@ -464,7 +464,9 @@ def test_learning_that_does_nothing_or_cannot_be_bounded_is_warned_about() -> No
     assert "nothing is spent on learning; add shadow" in warning(found, "learn.budget")
     check = ("scope: team }", "scope: team, check: 5% }")
     found = loaded(policy=policy("{ budget: { month: 100 }, judge: frontier }", *check))
-    assert not [w for w in found.warnings if w.path in ("learn.budget", "learn.judge")], "checks are paid from it"
+    assert not [w for w in found.warnings if w.path in ("learn.budget", "learn.judge")], (
+        "checks are paid from it"
+    )
     found = loaded(policy=policy("{}", *check))
     assert "no served answer is checked; add learn" in warning(found, "defaults.cache.check")
     certified = ("semantic: shadow", "semantic: certified")
