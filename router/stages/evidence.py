@@ -20,6 +20,8 @@ SCOPES = 10_000
 """Scopes remembered."""
 PAUSE = 2.0
 """Seconds between two looks at one scope."""
+RETRY = 60.0
+"""Seconds until labels that could not be weighed are looked at again."""
 WINDOWS = (60, 120, 250, 500)
 SURPRISE = 0.002
 """A scope stops serving when so many of its latest labels are wrong as the bound would allow this rarely."""
@@ -31,7 +33,8 @@ class Standing:
     """What a scope's evidence says at one moment.
 
     `threshold`: at or above it answers are served; None: nothing is certified.
-    `broken`: the latest labels at or above the threshold in force are wrong more often than the bound allows.
+    `broken`: nothing may be served, for the latest labels at or above the threshold in force are wrong more often
+    than the bound allows, or what they say is not known.
     """
 
     threshold: float | None = None
@@ -39,6 +42,8 @@ class Standing:
 
 
 NOTHING_KNOWN = Standing()
+NOT_WEIGHED = Standing(broken=True)
+"""There are labels, and nobody has weighed them yet: until then nothing is served."""
 
 
 @dataclass(slots=True)
@@ -69,7 +74,9 @@ class Evidence:
         key = (scope, max_error, shipped is None)
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = _Known(NOTHING_KNOWN, -1, float("-inf"))
+            known = self._known[key] = _Known(
+                NOT_WEIGHED if self._book.labels(scope) else NOTHING_KNOWN, -1, float("-inf")
+            )
             if len(self._known) > SCOPES:
                 self._known.popitem(last=False)
         else:
@@ -106,7 +113,8 @@ class Evidence:
                 )
         except Exception:
             log.exception("the evidence of a scope of the semantic cache could not be weighed")
-            known.standing = NOTHING_KNOWN
+            known.standing, known.labels, known.revision = NOT_WEIGHED, None, -1
+            known.looked_at += RETRY - PAUSE
         finally:
             known.looking = False
 
