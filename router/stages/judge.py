@@ -58,6 +58,10 @@ _JUDGE = (
 
 _FORMATTING = re.compile(r"[\s*_`\"'\u201c\u201d\u2018\u2019]+")
 _NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)*")
+_BOLD = re.compile(r"(?<![\w\\*`])(\*\*|`)([^\s*`](?:[^*`]*[^\s*`])?)\1(?![\w*`])")
+_FULL_STOP = re.compile(r"(?<=\w)\.$")
+_FRAME = re.compile(r"^(?:The|the) (?:final |correct )?answer(?: is|:) (?=\S)|^(?:It|it)(?: is|'s) (?=\S)")
+_CAPITAL = re.compile(r"(?<![^\W_])[A-Z][a-z]{2,}(?![^\W_])|^No\b")
 _THOUSANDS = re.compile(r",(?=\d{3}\b)")
 
 
@@ -260,26 +264,42 @@ def comparable(answer: Answer) -> bool:
 
 
 def says_the_same(stored: Answer, fresh: Answer) -> bool:
-    """Whether a fresh answer shows that a comparable stored one is right: the same calls, JSON, short text or
-    numbers. Stricter than `agreement`: right answers in other words count as wrong, hardly a wrong one as right.
+    """Whether a fresh answer shows that a comparable stored one is right: the same calls, JSON or text.
+
+    Far stricter than `agreement`, for a wrong answer taken for a right one would loosen a bound: texts are the same
+    but for bold type, a capital that begins a word, a full stop at the end and "The answer is" before it. Right
+    answers in other words or another notation ("1,000", "1000") count as wrong.
     """
     calls = _calls(stored), _calls(fresh)
     if calls[0] or calls[1]:
-        return calls[0] == calls[1]
+        return _same_json(calls[0], calls[1])
     texts = _message(stored).get("content"), _message(fresh).get("content")
     if not isinstance(texts[0], str) or not isinstance(texts[1], str):
         return False
     values = _json(texts[0]), _json(texts[1])
     if values[0] is not None or values[1] is not None:
-        return values[0] == values[1]
-    left, right = (_normalised(_cut(text, MAX_ANSWER)) for text in (texts[0], texts[1]))
-    if left == right:
-        return True
-    # "42" and "The answer is 42" say the same; "opens at 9" and "closes at 9" do not.
-    numbers = _numbers(left), _numbers(right)
-    bare = not _NUMBER.sub("", left).strip() or not _NUMBER.sub("", right).strip()
-    short = max(len(left.split()), len(right.split())) <= SHORT_WORDS
-    return bare and short and bool(numbers[0]) and numbers[0] == numbers[1]
+        return _same_json(values[0], values[1])
+    return _plain(texts[0]) == _plain(texts[1])
+
+
+def _same_json(one: object, other: object) -> bool:
+    """Python's own comparison takes true for 1 and 1.0 for 1."""
+    try:
+        left, right = (json.dumps(value, sort_keys=True) for value in (one, other))
+    except RecursionError:
+        return False
+    return left == right
+
+
+def _plain(text: str) -> str:
+    """The text without what never changes what an answer says. Units, signs, quotes, case within words and of
+    short ones ("10 mW", "n", "CO") may all do, and stay.
+    """
+    lines = [line.rstrip() for line in unicodedata.normalize("NFC", text).strip().splitlines()]
+    plain = _BOLD.sub(r"\2", "\n".join(lines).replace("\u2019", "'"))
+    plain = _FULL_STOP.sub("", plain)
+    plain = _FRAME.sub("", plain)
+    return _CAPITAL.sub(lambda word: word.group().lower(), plain)
 
 
 def _message(answer: Answer) -> Mapping[str, Any]:

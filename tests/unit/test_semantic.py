@@ -691,6 +691,37 @@ def answer(text: str | None, **message: Any) -> dict[str, Any]:
         ('{"a": 1}', '{"a": 2}', False),
         ('{"a": 1}', "one", False),
         ("Yes", "yes " + "and more " * 20, False),
+        ("The answer is **42**.", "42", True),
+        ("No.", "no", True),
+        ("The answer is `Paris`", "It's Paris.", True),
+        ("don\u2019t", "don't", True),
+        ("5 %", "5", False),
+        ("The answer is 5 km", "5", False),
+        ("$5", "5", False),
+        ("5 USD", "5 EUR", False),
+        ("10 mW", "10 MW", False),
+        ("-5", "5", False),
+        ("n!", "n", False),
+        (".5", "5", False),
+        ("1.10", "1.1", False),
+        ("1,234", "1.234", False),
+        ("x\u00b2", "x2", False),
+        ("The answer is not 42", "42", False),
+        ("It is not", "It is", False),
+        (r"\d", r"\D", False),
+        (r"\d+", "d+", False),
+        ("n", "N", False),
+        ("CO", "Co", False),
+        ('5"', "5'", False),
+        ('"5"', "5", False),
+        ("a*b", "a b", False),
+        ("a_b", "a b", False),
+        ("__init__", "init", False),
+        ('{"a": true}', '{"a": 1}', False),
+        ('{"a": 1.0}', '{"a": 1}', False),
+        ('{"a": "1"}', '{"a": 1}', False),
+        ('{"a": 0}', '{"a": false}', False),
+        ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', True),
     ],
 )
 def test_only_what_says_the_same_counts_as_right(stored: str, fresh: str, same: bool) -> None:
@@ -705,6 +736,11 @@ def test_free_text_and_silence_cannot_be_compared() -> None:
     assert comparable(answer(None, **call))
     assert says_the_same(answer(None, **call), answer(None, **call))
     assert not says_the_same(answer(None, **call), answer("{}"))
+    one, yes = (
+        {"tool_calls": [{**CALL, "function": {"name": "f", "arguments": f'{{"a": {value}}}'}}]}
+        for value in ("1", "true")
+    )
+    assert not says_the_same(answer(None, **one), answer(None, **yes))
 
 
 def test_invalidations_know_their_newest_rule() -> None:
