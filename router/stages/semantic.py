@@ -37,7 +37,11 @@ from router.stages.vector_index import VectorIndex
 log = logging.getLogger("farthing")
 
 MAX_TEXT = 8_000
-"""Characters: all of a text is read, or it is not compared at all."""
+"""Bytes of UTF-8: all of a text is read, or it is not compared at all."""
+UNBROKEN, LONG_WORD = 2_000, 40
+"""Characters of a text in words longer than LONG_WORD, at most: encoded data, or a script without spaces. A sketch is
+made on the event loop: of 8,000 bytes in 0.4 ms where they are English, in 7 ms where they are base64.
+"""
 FLOOR = 0.48
 """Cosine of two sketches below which the transformer is not asked. Of good pairs that the verifier would serve at
 5 % 99 % lie above (docs/semantic-cache.md).
@@ -516,10 +520,11 @@ def plain_prompt(request: ChatRequest) -> str | None:
     if not isinstance(text, str) or not text.strip() or len(text) > MAX_TEXT:
         return None
     try:
-        text.encode()
+        size = len(text.encode())
     except UnicodeEncodeError:
         return None  # a lone surrogate: no store takes it
-    return text
+    unbroken = sum(length for length in map(len, text.split()) if length > LONG_WORD)
+    return text if size <= MAX_TEXT and unbroken <= UNBROKEN else None
 
 
 def _judge(exchange: Exchange) -> str | None:

@@ -40,7 +40,10 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{
         {"temperature": 1.2},
         {"n": 2},
         {"n": 2, "temperature": 0.1},
-        {"messages": [{"role": "user", "content": "x" * 8001}]},
+        {"messages": [{"role": "user", "content": "word " * 1600 + "x"}]},
+        {"messages": [{"role": "user", "content": "слово " * 728}]},
+        {"messages": [{"role": "user", "content": "日本語の文章です。" * 223}]},
+        {"messages": [{"role": "user", "content": f"{'aB3/' * 19}\n" * 27}]},
         {"messages": [{"role": "user", "content": "  "}]},
         {"messages": [{"role": "user", "content": "a \ud800"}]},
         {
@@ -75,7 +78,9 @@ def test_such_requests_never_enter(fields: dict[str, Any]) -> None:
             {"messages": [USER, {"role": "assistant", "content": "a"}, {"role": "user", "content": "more"}]},
             "more",
         ),
-        ({"messages": [{"role": "user", "content": "x" * 8000}]}, "x" * 8000),
+        ({"messages": [{"role": "user", "content": "word " * 1600}]}, "word " * 1600),
+        ({"messages": [{"role": "user", "content": "слово " * 727}]}, "слово " * 727),
+        ({"messages": [{"role": "user", "content": "日本語の文章です。" * 222}]}, "日本語の文章です。" * 222),
     ],
 )
 def test_such_requests_may(fields: dict[str, Any], text: str) -> None:
