@@ -78,7 +78,7 @@ class Pipeline:
         key = self.exact.key(exchange)
         stored = await self.exact.find(key, exchange) if key is not None else None
         if stored is not None:
-            yield self._hit(exchange, stored)
+            yield await self._hit(exchange, stored)
             return
         flight = self._join_or_lead(exchange, key)
         subscription = flight.subscribe()
@@ -129,12 +129,14 @@ class Pipeline:
             generation=self.book.invalidations.generation,
         )
 
-    def _hit(self, exchange: Exchange, stored: StoredAnswer, alike: CacheCandidate | None = None) -> Answer:
+    async def _hit(
+        self, exchange: Exchange, stored: StoredAnswer, alike: CacheCandidate | None = None
+    ) -> Answer:
         """`alike`: what the semantic cache made of it; None: it answered the same request."""
         exchange.cache, exchange.cache_entry = "exact" if alike is None else "semantic", stored.entry
         exchange.stored_class, exchange.candidate = stored.prompt_class, alike
         exchange.status, exchange.http_status = "complete", 200
-        answer = stored_answer(exchange, stored)
+        answer = await stored_answer(exchange, stored)
         exchange.first_token_ms = 1000 * (self.clock.monotonic() - exchange.started)
         self.settle.from_cache(exchange, stored.usage, stored.cost, stored.model, stored.provider)
         self.checks.consider(exchange, None)
@@ -214,7 +216,7 @@ class Pipeline:
         flight = subscription.flight
         await subscription.head()
         if flight.stored is not None:
-            return self._hit(exchange, flight.stored, flight.alike)
+            return await self._hit(exchange, flight.stored, flight.alike)
         streamed = exchange.request.stream and flight.begun.stream
         if not streamed:
             await subscription.finished()
@@ -229,7 +231,7 @@ class Pipeline:
             return streamed_answer(exchange, flight.begun, self._relay(exchange, subscription))
         exchange.status, exchange.http_status = "complete", 200
         cost = flight.ended.cost if flight.leader is exchange else NanoUSD(0)
-        return whole_answer(exchange, flight.begun, flight.body or b"", cost)
+        return await whole_answer(exchange, flight.begun, flight.body or b"", cost)
 
     async def _relay(self, exchange: Exchange, subscription: Subscription) -> AsyncIterator[bytes]:
         wants_usage = exchange.request.include_usage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from router.stages.exact import StoredAnswer
 from router.stages.exchange import Exchange
 
 MAX_DECISION = 200
+CONVERTED_AT_ONCE = 32 * 1024
+"""Bytes of an answer that is put into another form on the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,7 @@ class Answer:
     frames: AsyncIterator[bytes]
 
 
-def stored_answer(exchange: Exchange, stored: StoredAnswer) -> Answer:
+async def stored_answer(exchange: Exchange, stored: StoredAnswer) -> Answer:
     """A cache hit."""
     alike, words = exchange.candidate, "exact cache hit"
     if alike is not None:
@@ -36,15 +39,15 @@ def stored_answer(exchange: Exchange, stored: StoredAnswer) -> Answer:
     headers = _headers(exchange, stored.model, stored.prompt_class, words)
     headers["x-farthing-cost-usd"] = "0"
     headers["age"] = str(max(0, int(exchange.opened_at.timestamp() - stored.stored_at)))
-    return _answer(exchange, headers, _once(_in_form(stored.body, stored.stream, exchange.request)))
+    return _answer(exchange, headers, _once(await _converted(stored.body, stored.stream, exchange.request)))
 
 
-def whole_answer(exchange: Exchange, call: CallBegun, body: bytes, cost: NanoUSD | None) -> Answer:
+async def whole_answer(exchange: Exchange, call: CallBegun, body: bytes, cost: NanoUSD | None) -> Answer:
     """An answer that has ended; `body` is in the form of the request that made the call."""
     headers = _live_headers(exchange, call)
     if cost is not None:
         headers["x-farthing-cost-usd"] = _usd(cost)
-    return _answer(exchange, headers, _once(_in_form(body, call.stream, exchange.request)))
+    return _answer(exchange, headers, _once(await _converted(body, call.stream, exchange.request)))
 
 
 def streamed_answer(exchange: Exchange, call: CallBegun, frames: AsyncIterator[bytes]) -> Answer:
@@ -99,6 +102,13 @@ def _why(exchange: Exchange, model: str) -> str:
 
 def _content_type(request: ChatRequest) -> str:
     return "text/event-stream; charset=utf-8" if request.stream else "application/json"
+
+
+async def _converted(body: bytes, stream: bool, request: ChatRequest) -> bytes:
+    """`_in_form`, off the event loop where it takes milliseconds."""
+    if len(body) > CONVERTED_AT_ONCE and (stream or request.stream):
+        return await asyncio.to_thread(_in_form, body, stream, request)
+    return _in_form(body, stream, request)
 
 
 def _in_form(body: bytes, stream: bool, request: ChatRequest) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import msgspec
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from router.core.cached import Invalidation
 from router.core.errors import UnavailableError
+from router.core.openai_wire import sse_to_json
+from router.stages import reply
 from router.stages.evidence import drifted
 from router.stages.exact import StoredAnswer
 from router.stages.judge import comparable, says_the_same
@@ -240,6 +243,26 @@ async def test_it_comes_in_the_form_that_was_asked_for(stored_as_stream: bool, u
     assert whole["choices"][0]["message"]["content"] == "Hello"
     assert whole["usage"]["total_tokens"] == 12
     assert len(rig.wire.calls) == 1
+
+
+@pytest.mark.parametrize("exact", [True, False])
+async def test_a_long_answer_is_put_into_another_form_beside_the_loop(
+    exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = SemanticRig(policy(cache="exact: true"))
+    rig.wire.scripts["cheap"] = [Script(*streamed(*["word "] * 600))]
+    threads: list[bool] = []
+
+    def watched(body: bytes) -> bytes:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return sse_to_json(body)
+
+    await rig.answered(OPEN, stream=True)
+    monkeypatch.setattr(reply, "sse_to_json", watched)
+    _, body = await rig.answered(OPEN if exact else ALSO)
+    assert rig.last.cache == ("exact" if exact else "semantic")
+    assert json.loads(body)["choices"][0]["message"]["content"] == "word " * 600
+    assert threads == [False]
 
 
 async def test_a_trap_goes_to_the_model() -> None:
