@@ -473,8 +473,9 @@ def inquire(exchange: Exchange, secret: bytes, likeness_id: str) -> Inquiry | No
     scope = {
         "evidence": likeness_id,
         "judge": judge or "",
-        # What is a candidate differs: a certified scope looks at less probable ones as well.
-        "candidates": "certified" if policy.cache.semantic == "certified" else str(policy.cache.max_error),
+        # What is a candidate differs: a certified scope looks at less probable ones as well, and in every mode the
+        # search ends where one reaches the threshold shipped for `max_error`.
+        "candidates": [policy.cache.semantic == "certified", str(policy.cache.max_error)],
         "turns": len(messages) - len(instructions) > 1,
         "instructions": instructions,
         "body": body,

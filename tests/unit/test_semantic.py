@@ -168,6 +168,21 @@ def test_another_history_is_another_partition(
     assert (one.scope != two.scope) == instructs, "turns share their evidence, instructions do not"
 
 
+def test_evidence_is_of_one_mode_and_one_bound() -> None:
+    def scope(mode: str, bound: str) -> str:
+        async def admitted() -> str:
+            rig = SemanticRig(policy(mode, cache=f"max_error: {bound}"))
+            found = inquire(await rig.pipeline._admit(rig.inbound("search")), SECRET, "plain")
+            assert found is not None
+            return found.scope
+
+        return asyncio.run(admitted())
+
+    scopes = {scope(mode, bound) for mode in ("shadow", "enforce", "certified") for bound in ("1%", "5%")}
+    assert len(scopes) == 4
+    assert scope("shadow", "1%") == scope("enforce", "1%")
+
+
 def test_who_shares_follows_the_policy() -> None:
     def partition(team: str, app: str) -> str:
         async def admitted() -> str:
