@@ -60,8 +60,8 @@ ASIDE = 64
 """Look-ups beside calls at most."""
 MEASURING, SAVED_UP = 0.03, 1.0
 """Share of a core that look-ups beside calls may take, and the seconds of it that a quiet time saves up."""
-KEPT = 256
-"""Answers that wait to be stored at most."""
+KEPT, KEPT_BYTES = 256, 16 * 1024 * 1024
+"""Answers that wait to be stored at most, and their bytes."""
 MAX_BODY = 1024 * 1024
 """Bytes of an answer that is kept at most."""
 MAX_COMPARED = 32 * 1024
@@ -174,6 +174,7 @@ class LikenessCache:
         self._loading: OrderedDict[str, asyncio.Task[bool]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._kept: deque[tuple[Exchange, RequestRecord, Attempt, bytes, float]] = deque()
+        self._kept_bytes = 0
         self._keeper: asyncio.Task[None] | None = None
         store.listen(index)
 
@@ -225,8 +226,9 @@ class LikenessCache:
         served = worth_keeping(exchange, record)
         if exchange.inquiry is None or served is None:
             return
-        if len(self._kept) >= KEPT or len(body) > MAX_BODY:
+        if len(self._kept) >= KEPT or len(body) > min(MAX_BODY, KEPT_BYTES - self._kept_bytes):
             return
+        self._kept_bytes += len(body)
         self._kept.append((exchange, record, served, body, draw))
         if self._keeper is None or self._keeper.done():
             self._keeper = asyncio.get_running_loop().create_task(self._keep_all())
@@ -400,6 +402,8 @@ class LikenessCache:
                 await self._keep(exchange, record, served, body, draw)
             except Exception:
                 log.exception("the answer to request %s is not kept in the semantic cache", exchange.id)
+            finally:
+                self._kept_bytes -= len(body)
 
     async def _keep(
         self, exchange: Exchange, record: RequestRecord, served: Attempt, body: bytes, draw: float

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from router.core.cached import Invalidation
 from router.core.errors import UnavailableError
 from router.core.openai_wire import sse_to_json
-from router.stages import reply
+from router.stages import reply, semantic
 from router.stages.evidence import drifted
 from router.stages.exact import StoredAnswer
 from router.stages.judge import comparable, says_the_same
@@ -378,6 +378,35 @@ async def test_what_is_not_kept(script: Script, fields: dict[str, Any], headers:
     rig.wire.scripts["cheap"] = [script]
     await rig.answered(OPEN, headers=headers, **fields)
     assert (await rig.answers.size()).entries == 0
+
+
+async def test_answers_that_wait_to_be_kept_are_few_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = SemanticRig()
+    rig.says("word " * 100)  # above 500 bytes with what stands around it
+    monkeypatch.setattr(semantic, "KEPT_BYTES", 2000)
+    prompts = ("ducks in winter", "where is Riga", "why do cats purr", "tell me about tea")
+    for prompt in prompts:
+        await rig.ask(model="cheap", messages=[{"role": "user", "content": prompt}])
+    await rig.quiet()
+    assert rig.semantic._kept_bytes == 0
+    assert (await rig.answers.size()).entries == len(prompts), "one after the other all find room"
+    entered, go_on = asyncio.Event(), asyncio.Event()
+    keep = rig.semantic._keep
+
+    async def slow(*kept: Any) -> None:
+        entered.set()
+        await go_on.wait()
+        await keep(*kept)
+
+    monkeypatch.setattr(rig.semantic, "_keep", slow)
+    for prompt in ("one apple", "some pears", "many plums", "no cherries"):
+        await rig.ask(model="cheap", messages=[{"role": "user", "content": prompt}])
+    await entered.wait()
+    assert 1000 < rig.semantic._kept_bytes <= 2000
+    go_on.set()
+    await rig.quiet()
+    assert rig.semantic._kept_bytes == 0
+    assert len(prompts) < (await rig.answers.size()).entries < len(prompts) + 4
 
 
 async def test_an_answer_expires_with_the_time_to_live_of_the_reader() -> None:
