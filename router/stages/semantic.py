@@ -54,6 +54,8 @@ LOOK_UP = 0.25
 """Seconds a request waits for its look-up at most."""
 LOADING = 0.05
 """Seconds of that for entries that this worker does not know yet."""
+LOAD_AGAIN = 60.0
+"""Seconds until the verifier is loaded again where that failed."""
 QUEUE = 8
 """Look-ups that wait for the transformer at most; beyond that there is no semantic answer."""
 ASIDE = 64
@@ -168,7 +170,7 @@ class LikenessCache:
         self._clock = clock
         self._draw = draw
         self._waiting = 0
-        self._load_asked = False
+        self._load_again = float("-inf")
         self._effort = Effort(clock.monotonic())
         self._no_vector = bytes(2 * likeness.dimensions)
         self._loading: OrderedDict[str, asyncio.Task[bool]] = OrderedDict()
@@ -294,8 +296,9 @@ class LikenessCache:
         if self._waiting >= QUEUE:
             return "busy"
         if not self._likeness.ready:
-            if not self._load_asked:
-                self._load_asked = True
+            now = self._clock.monotonic()
+            if now >= self._load_again:
+                self._load_again = now + LOAD_AGAIN
                 self._executor.submit(self._likeness.load)
             return "loading"
         certified = cache.semantic == "certified"

@@ -699,6 +699,26 @@ async def test_a_full_queue_or_a_fault_is_a_miss(caplog: pytest.LogCaptureFixtur
     assert len(rig.wire.calls) == 4
 
 
+async def test_what_could_not_be_loaded_is_loaded_again_after_a_while() -> None:
+    rig = SemanticRig()
+    await rig.chat(OPEN)
+    tries: list[float] = []
+
+    def load() -> None:
+        tries.append(rig.clock.monotonic())
+        rig.likeness.ready = len(tries) == 2
+
+    rig.likeness.ready = False
+    rig.likeness.load = load  # type: ignore[method-assign]
+    for seconds in (0, 30, 31):
+        rig.clock.advance(seconds)
+        await rig.chat(ALSO, headers={"cache-control": "max-age=99999"})
+    assert rig.outcomes["loading"] == 3
+    assert len(tries) == 2
+    await rig.chat(ALSO)
+    assert rig.last.cache == "semantic"
+
+
 async def test_a_look_up_that_takes_too_long_is_a_miss() -> None:
     rig = SemanticRig()
     await rig.chat(OPEN)
