@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +18,7 @@ from numpy.typing import NDArray
 
 from classifiers.classifier import Classifier
 from classifiers.encoder import DATA_DIRECTORY
-from classifiers.pairs import guard
+from classifiers.pairs import features, guard, lexicon, verifier
 from classifiers.pairs.verifier import Verifier
 
 log = logging.getLogger("farthing")
@@ -28,6 +31,12 @@ JUDGED = 4
 """Stored prompts for which the transformer is asked, at most."""
 TOGETHER = 2
 """Stored prompts that are read before those further away, which need not be where one of these may answer."""
+
+
+READING = guard, features, verifier, lexicon
+"""What decides beside the trained trees. Where one changes, other pairs are candidates, and what was learned of the
+earlier ones says nothing of them.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +121,9 @@ class ShippedLikeness:
         self._static = classifier.static
         # Known before anything is loaded; loading checks that these are the files in force.
         described = json.loads((DATA_DIRECTORY / "verifier.json").read_text(encoding="utf-8"))
-        self.id = "/".join((self._static.id, described["encoder"], described["sha256"][:12]))
+        self.id = "/".join(
+            (self._static.id, described["encoder"], described["sha256"][:12], _fingerprint(*READING))
+        )
         self.ready = False
         self._lock = threading.Lock()
         self._verifier: Verifier | None = None
@@ -203,3 +214,11 @@ class ShippedLikeness:
         if vector.size == self.dimensions and vector.any():
             return vector
         return self.vector(stored.prompt, owner)
+
+
+def _fingerprint(*modules: ModuleType) -> str:
+    """Of their code and of the lexicon: unlike a number counted by hand it cannot be forgotten."""
+    read = hashlib.sha256()
+    for path in (*(Path(str(module.__file__)) for module in modules), DATA_DIRECTORY / "lexicon.json"):
+        read.update(hashlib.sha256(path.read_bytes()).digest())
+    return read.hexdigest()[:12]

@@ -6,13 +6,14 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from classifiers.classifier import Classifier
-from classifiers.pairs import data
+from classifiers.pairs import data, guard
 from router.stages import likeness
 from router.stages.likeness import ShippedLikeness, Stored
 from router.stages.semantic import FLOOR
@@ -47,11 +48,24 @@ def stored(shipped: ShippedLikeness, text: str, prompt: str, vector: bytes = b""
 
 
 def test_its_id_names_both_encoders_and_the_verifier(shipped: ShippedLikeness) -> None:
-    static, minilm, verifier = shipped.id.split("/")
+    static, minilm, verifier, reading = shipped.id.split("/")
+    assert ShippedLikeness(Classifier.load()).id == shipped.id
+    assert len(reading) == 12
     assert static.startswith("static-")
     assert minilm == shipped.verifier.encoder_id
     assert shipped.verifier.id.endswith(verifier)
     assert shipped.dimensions == shipped.vector("x").size
+
+
+def test_another_guard_is_another_likeness(
+    shipped: ShippedLikeness, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    changed = tmp_path / "guard.py"
+    changed.write_bytes(Path(guard.__file__).read_bytes() + b"LONG = 31\n")
+    monkeypatch.setattr(guard, "__file__", str(changed))
+    made = ShippedLikeness(Classifier.load())
+    assert made.id != shipped.id
+    assert made.id.rpartition("/")[0] == shipped.id.rpartition("/")[0]
 
 
 def test_rewordings_come_first_and_traps_not_at_all(shipped: ShippedLikeness) -> None:
