@@ -16,6 +16,7 @@ from router.adapters.memory import MemoryFlightBoard
 from router.adapters.redis_store import RedisConnection, RedisFlightBoard, connect
 from router.adapters.redis_store import flights as redis_flights
 from router.core.errors import CallLost, UpstreamFailed
+from router.core.policy import CachePolicy
 from router.core.ports import CallBegun, CallElsewhere, CallEnded, CallPart, FlightBoard, SharedCall
 from router.core.types import NanoUSD, Usage
 from router.stages.exchange import Exchange
@@ -36,6 +37,7 @@ class Call:
             id="the-leader",
             prompt_class="simple",
             generation=0,
+            policy=SimpleNamespace(cache=CachePolicy()),
             request=SimpleNamespace(stream=stream),
             status="complete",
             record=record,
