@@ -58,10 +58,10 @@ _JUDGE = (
 
 _FORMATTING = re.compile(r"[\s*_`\"'\u201c\u201d\u2018\u2019]+")
 _NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)*")
-_BOLD = re.compile(r"(?<![\w\\*`])(\*\*|`)([^\s*`](?:[^*`]*[^\s*`])?)\1(?![\w*`])")
+_BOLD = re.compile(r"(?<![\w\\*])\*\*(\w(?:[^*]*[\w.:!?%)])?)\*\*(?![\w*])")
 _FULL_STOP = re.compile(r"(?<=\w)\.$")
 _FRAME = re.compile(r"^(?:The|the) (?:final |correct )?answer(?: is|:) (?=\S)|^(?:It|it)(?: is|'s) (?=\S)")
-_CAPITAL = re.compile(r"(?<![^\W_])[A-Z][a-z]{2,}(?![^\W_])|^No\b")
+_CAPITAL = re.compile(r"^(?:[A-Z][a-z]{2,}|No)(?=[,;:.!?]?(?:\s|$))")
 _THOUSANDS = re.compile(r",(?=\d{3}\b)")
 
 
@@ -267,7 +267,7 @@ def says_the_same(stored: Answer, fresh: Answer) -> bool:
     """Whether a fresh answer shows that a comparable stored one is right: the same calls, JSON or text.
 
     Far stricter than `agreement`, for a wrong answer taken for a right one would loosen a bound: texts are the same
-    but for bold type, a capital that begins a word, a full stop at the end and "The answer is" before it. Right
+    but for bold type, a capital that begins them, a full stop at the end and "The answer is" before them. Right
     answers in other words or another notation ("1,000", "1000") count as wrong.
     """
     calls = _calls(stored), _calls(fresh)
@@ -292,11 +292,11 @@ def _same_json(one: object, other: object) -> bool:
 
 
 def _plain(text: str) -> str:
-    """The text without what never changes what an answer says. Units, signs, quotes, case within words and of
-    short ones ("10 mW", "n", "CO") may all do, and stay.
+    """The text without what never changes what an answer says. Units, signs, quotes, code and the case of all
+    but the first word ("10 mW", "n", "CO") may all do, and stay.
     """
     lines = [line.rstrip() for line in unicodedata.normalize("NFC", text).strip().splitlines()]
-    plain = _BOLD.sub(r"\2", "\n".join(lines).replace("\u2019", "'"))
+    plain = _BOLD.sub(r"\1", "\n".join(lines).replace("\u2019", "'"))
     plain = _FULL_STOP.sub("", plain)
     plain = _FRAME.sub("", plain)
     return _CAPITAL.sub(lambda word: word.group().lower(), plain)
