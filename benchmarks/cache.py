@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks import cache_bound
 from classifiers.encoder import MiniLMEncoder, StaticEncoder
-from classifiers.pairs import data, evaluate, features, guard, train
+from classifiers.pairs import data, evaluate, features, train
 from classifiers.pairs.lexicon import Lexicon
 from classifiers.pairs.verifier import REFUSING, Verifier
 
@@ -105,8 +105,7 @@ def main() -> int:
     result["cosine"]["protocol"] = {w: [r.served, r.wrong] for w, r in by_cosine.rates.items()}
 
     print("\nguard before the cosine (all reasons refuse / only those that refuse in Farthing)")
-    readings = [(guard.read(a), guard.read(b)) for a, b in texts]
-    found = [guard.reasons(*reading) for reading in readings]
+    found = [features.reasons(pairs.read(a), pairs.read(b)) for a, b in texts]
     any_reason = np.asarray([bool(r) for r in found])
     refusing = np.asarray([not REFUSING.isdisjoint(r) for r in found])
     result["guard"] = {}

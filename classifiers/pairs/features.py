@@ -6,6 +6,7 @@ costs about 0.1 ms. All numbers are symmetric in the two prompts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +32,8 @@ FUNCTION = guard.word_set(
     "re ve y up out off over under again further once all both each few more most other own same please get "
     "got want like need know tell give let way ok okay possible allowed able one thing things % - / . ,"
 )
+# No English word has a letter three times in a row: "aaa" is a string.
+THRICE = re.compile(r"(.)\1\1")
 PLACES = ("who", "when", "where", "why", "amount", "many", "duration", "measure")
 RELATIONS = (SYNONYM, DERIVED, SIMILAR, BROADER, SISTER, ANTONYM)
 PREPOSITIONS = guard.word_set(
@@ -50,6 +53,9 @@ class ReadPrompt:
     rarities: tuple[float, ...]
     static: Vector
     grams: frozenset[str]
+    past: tuple[bool, ...] = ()
+    foreign: bool = False
+    unknown: frozenset[str] = frozenset()
 
 
 def names() -> tuple[str, ...]:
@@ -105,6 +111,35 @@ class PairFeatures:
             rarities=tuple(rarity(word) for word in content),
             static=self._static.encode([text[: guard.MAX_CHARACTERS]])[0],
             grams=frozenset(joined[i : i + 3] for i in range(max(len(joined) - 2, 1))),
+            past=tuple(map(_past, reading.words, lemmas)),
+            foreign=self._foreign(reading, lemmas),
+            unknown=frozenset(
+                w for w in content if w[:1].isalpha() and (THRICE.search(w) or not self._lexicon.known(w))
+            ),
+        )
+
+    def _foreign(self, reading: guard.Reading, lemmas: tuple[str, ...]) -> bool:
+        """Tell whether at least half of the words are none of English."""
+        words = strange = little = 0
+        for word, base in zip(reading.words, lemmas, strict=False):
+            if (
+                len(word) < 2
+                or not word[0].isalpha()
+                or word in reading.names
+                or word in guard.FORMATS
+                or word == "vs"
+            ):
+                continue
+            words += 1
+            if word in guard.FOREIGN:
+                little += 1
+            elif base not in FUNCTION and word not in FUNCTION and not self._lexicon.known(base):
+                # An accent tells as much as a little word.
+                little += not word.isascii()
+                strange += word.isascii()
+        # Without a little word of another language unknown ones may be names or commands.
+        return (little + strange > 1 and 2 * (little + strange) >= words and little > 0) or (
+            words > 3 and 4 * strange > 3 * words
         )
 
     def compare(
@@ -278,6 +313,41 @@ def _ends(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[int, int]:
     while suffix < shorter - prefix and a[-1 - suffix] == b[-1 - suffix]:
         suffix += 1
     return prefix, suffix
+
+
+def reasons(a: ReadPrompt, b: ReadPrompt) -> tuple[str, ...]:
+    """Return why one answer cannot serve both prompts: what the guard finds, and what takes the lexicon to see."""
+    found = guard.reasons(a.reading, b.reading)
+    x, y = a.reading, b.reading
+    if x.words == y.words:
+        return found
+    if "wording" not in found and _literal(a, b):
+        found += ("wording",)
+    if a.past != b.past and a.lemmas == b.lemmas:
+        found += ("tense",)
+    if a.foreign or b.foreign:
+        found += ("language",)
+    return found
+
+
+def _literal(a: ReadPrompt, b: ReadPrompt) -> bool:
+    """Tell whether unknown words stand for themselves, or a form of a word is to be translated ("dog", "dogs")."""
+    words = a.reading.words + b.reading.words
+    if a.lemmas == b.lemmas:
+        return "translate" in words or not guard.LANGUAGES.isdisjoint(words)
+    return bool(a.unknown - b.unknown and b.unknown - a.unknown) and not guard.STRINGS.isdisjoint(words)
+
+
+# Irregular forms that are no past.
+NO_PAST = guard.word_set(
+    "men women children people feet teeth mice geese better worse less more most data media"
+)
+
+
+def _past(word: str, lemma: str) -> bool:
+    if word in ("was", "were"):
+        return True
+    return word != lemma and not word.endswith(("s", "ing", "er", "est", "am", "are")) and word not in NO_PAST
 
 
 TURNING = ("un", "dis", "non", "in", "im", "il", "ir")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
+from itertools import pairwise
 
 # A prompt is read up to here; of a longer one the rest is compared by its hash alone (`Reading.rest`).
 MAX_CHARACTERS = 2000
@@ -28,7 +29,7 @@ REASONS = (
     "person",
     "rest",
 )
-UNREAD = ("signs", "long", "wording")
+UNREAD = ("signs", "long", "wording", "case", "people", "code", "prefix", "tense", "language")
 """What the verifier cannot judge, found beside `REASONS`: features know nothing of it."""
 LONG = 30
 """Words. Few pairs that the verifier was trained on are longer (the longest 39): in a longer text one word that
@@ -51,6 +52,12 @@ WORDS = {
     "signs": "other signs or letters",
     "long": "another long text",
     "wording": "the wording itself is asked about",
+    "case": "upper or lower case that makes a difference",
+    "people": "somebody else does it",
+    "code": "another code or file",
+    "prefix": "another prefix of the same word",
+    "tense": "another tense",
+    "language": "another language than English",
 }
 """What each reason says of two prompts."""
 
@@ -76,8 +83,75 @@ COURTESY = word_set(
 LITERAL = word_set(
     "spell spells spelled spelling spelt misspelled misspelling letters "
     "anagram anagrams palindrome rhyme rhymes syllable syllables grammar proofread typo typos synonym synonyms "
-    "antonym antonyms pronounce pronounced pronunciation"
+    "antonym antonyms pronounce pronounced pronunciation vowel vowels consonant consonants"
 )
+# Here words in other letters are the matter only where the lexicon does not know them (`features.reasons`).
+STRINGS = word_set(
+    "length reverse reversed characters character string strings substring uppercase lowercase hash concatenate "
+    "encode encoded decode decoded base checksum md sha"
+)
+# These are about a text: what stands in quotes or behind a colon. Of the first it counts to the letter.
+EDITING = word_set(
+    "rewrite rephrase reword paraphrase correct fix edit improve capitalise capitalize punctuate"
+)
+ABOUT = word_set(
+    "translate translation sentiment classify categorise categorize summarise summarize summary reply mean means "
+    "explain"
+)
+# Bounded, and no part of it can match in two ways.
+QUOTED = re.compile(r"""(?<!\w)(?:"([^"]{1,2000})"|'([^']{1,2000})'(?!\w)|[“„«]([^”“»]{1,2000})[”“»])""")
+SLIPS = re.compile(r"(?:n['’]?t|['’](?:re|ve|ll|m|d|s))$")
+# A code begins with a letter and has a digit ("AB12", "INC-4411a"); a file has an ending ("a.txt").
+CODE = re.compile(r"[A-Za-z][\w-]*(?:\.[A-Za-z]{2,4}(?!\w))?")
+# Units where "m" and "M" are far apart, read behind a number only: elsewhere they abbreviate other things.
+CASED_UNITS = word_set("mw mv ma mhz mpa pa ms mj mm mn mwh mah")
+# In capitals another word; "us" is left out, since most who write it of the country mean the country.
+CAPITALS = word_set("who it aids")
+BITS = word_set("kb mb gb tb kbps mbps gbps")
+# A letter behind one of these is a name, and names in programs and formulas tell "n" from "N".
+NAMING = word_set(
+    "variable variables letter letters symbol constant character parameter matrix vector secret field column "
+    "called named file key"
+)
+KINDS = word_set("vitamin vitamins plan hepatitis grade option type group class big")
+# Behind other words these are mostly "you", "I", an article or a language.
+LOOSE_LETTERS = word_set("a i u c r")
+PERSONS = {
+    "i": "i",
+    "me": "i",
+    "we": "we",
+    "us": "we",
+    "you": "you",
+    "he": "he",
+    "him": "he",
+    "his": "he",
+    "she": "she",
+    "her": "she",
+    "they": "they",
+    "them": "they",
+    "it": "it",
+}
+TURNED: dict[str, tuple[str, ...]] = {}
+"""Prefix -> those that turn it."""
+_turned = """hypo hyper inter intra un re pre post over under macro micro anti pro im ex in ex in out up down
+    sub super mono poly homo hetero endo exo"""
+for _left, _right in zip(_turned.split()[::2], _turned.split()[1::2], strict=True):
+    TURNED[_left] = (*TURNED.get(_left, ()), _right)
+    TURNED[_right] = (*TURNED.get(_right, ()), _left)
+PREFIXED = tuple(TURNED)
+# Little words of other European languages that English lacks; the verifier knows English alone.
+FOREIGN = word_set(
+    "le la les des du une un est sont dans pour que qui quel quelle quels quelles avec je vous mon ma mes votre "
+    "ce cette où pourquoi quand combien faire et ou "
+    "der das und ist ein eine einen einem ich nicht wie zu auf mit von für den dem wo warum wann kann wir mein "
+    "meine sind gibt wird viel aus bei nach oder "
+    "el los las una uno por para del mi mis en es cómo qué cuál dónde cuándo como donde cuando cual puedo esta "
+    "il lo gli di che come sono mio mia nel della dove quando posso perché quanto "
+    "o os um uma não meu minha onde quanto são de da do no na "
+    "het een van ik mijn hoe waar wat wanneer niet zijn kan voor naar "
+    "jak gdzie kiedy czy nie jest się mój moje na w z "
+    "och är jag hur var när inte min mitt og er jeg hvordan hvor på att det"
+) - word_set("come do no on in so as den o w z var min van")
 # Applied to the first and last characters of a prompt alone, so that no text makes them slow.
 OPENINGS = re.compile(
     r"^(?:\s*(?:hi|hello|hey|dear|good (?:morning|afternoon|evening)|sorry to bother you|quick question|"
@@ -375,10 +449,14 @@ PREFIXES = ("un", "in", "im", "il", "ir", "dis", "non", "de", "mis", "anti")
 FORMATS = word_set(
     "python javascript typescript java kotlin rust golang ruby php perl swift scala haskell bash powershell "
     "sql html css react vue angular django flask json yaml xml csv toml markdown pdf docx xlsx excel latex "
-    "table list bullets prose english german french spanish italian portuguese dutch polish russian ukrainian "
+    "table list bullets prose"
+)
+LANGUAGES = word_set(
+    "english german french spanish italian portuguese dutch polish russian ukrainian "
     "chinese mandarin japanese korean arabic hindi turkish swedish danish norwegian finnish greek hebrew "
     "czech hungarian romanian vietnamese thai welsh indonesian latin irish catalan"
 )
+FORMATS |= LANGUAGES
 SAME_FORMAT = {
     "js": "javascript",
     "ts": "typescript",
@@ -448,6 +526,12 @@ class Reading:
     rest: int
     signs: tuple[str, ...] = ()
     polite: frozenset[str] = frozenset()
+    said: tuple[str, ...] = ()
+    text: str = ""
+    slips: tuple[str, ...] = ()
+    cased: frozenset[str] = frozenset()
+    people: tuple[str, ...] = ()
+    codes: frozenset[str] = frozenset()
 
     @property
     def vocabulary(self) -> frozenset[str]:
@@ -463,6 +547,8 @@ def read(text: str) -> Reading:
     text = _bare(text) or text
     words: list[str] = []
     names: set[str] = set()
+    said: list[str] = []
+    cased: set[str] = set()
     starts = True
     shouting = text.upper() == text
     for match in TOKEN.finditer(text):
@@ -479,9 +565,17 @@ def read(text: str) -> Reading:
                     and lower not in WEEKDAYS
                 ):
                     names.add(ALIASES.get(lower.removesuffix("'s"), lower.removesuffix("'s")))
+            # "s3" and "q2" are no letters.
+            if len(token) < 5 and not text[match.end() : match.end() + 1].isdigit():
+                cased.update(
+                    _cased(
+                        lower if shouting and lower in CAPITALS else token, lower, words[-1] if words else ""
+                    )
+                )
             words.extend(_expanded(lower))
         else:
             words.append(lower)
+        said.append(lower)
         starts = False
     # At the ends they are gone by now: what is left is within what is said, and may be what it is about.
     polite = frozenset(word for word in words if word in COURTESY)
@@ -490,6 +584,9 @@ def read(text: str) -> Reading:
         words = [match[0].lower() for match in TOKEN.finditer(text)]
     numbers, dates, units = _quantities(words)
     vocabulary = set(words)
+    literal = not LITERAL.isdisjoint(vocabulary) or _counts_letters(words)
+    editing = not EDITING.isdisjoint(vocabulary)
+    about = _quoted(text, editing) if editing or not ABOUT.isdisjoint(vocabulary) else ""
     turning = sum(word in TURNING for word in words)
     return Reading(
         words=tuple(words),
@@ -507,6 +604,52 @@ def read(text: str) -> Reading:
         rest=rest,
         signs=signs,
         polite=polite,
+        said=tuple(said) if literal else (),
+        text=about,
+        slips=tuple(word for word in said if SLIPS.search(word)) if literal or (editing and about) else (),
+        cased=frozenset(cased),
+        people=tuple(word for word in words if word in PERSONS),
+        codes=_codes(text),
+    )
+
+
+def _cased(token: str, lower: str, before: str) -> tuple[str, ...]:
+    """Read a word whose case counts: a unit or a letter that names something. At most one; else empty."""
+    if len(token) == 1:
+        named = before in NAMING or (lower not in LOOSE_LETTERS and before not in KINDS and before != "\\")
+        return (token,) if named else ()
+    if lower in CAPITALS:
+        return (token if token.isupper() else lower,)
+    if lower in BITS:
+        # "mb" and "MB" are bytes to those who write them, "Mb" are bits; "mbps" and "Mbps" are bits, "MBps" bytes.
+        odd = token[1:] == "b" and token[0].isupper() if len(token) == 2 else token[1:].startswith("Bp")
+        return (token.upper() if odd else lower,)
+    return (token,) if lower in CASED_UNITS and before[:1].isdigit() else ()
+
+
+def _counts_letters(words: list[str]) -> bool:
+    """Tell whether it is asked how many of a letter there are ("how many r in strawberry")."""
+    return any(
+        one == "many" and len(other) == 1 and other.isalpha() and other not in ("i", "u")
+        for one, other in pairwise(words)
+    )
+
+
+def _quoted(text: str, exact: bool) -> str:
+    """Return the text that a prompt is about: what stands in quotes, else behind the first colon."""
+    found = QUOTED.search(text)
+    part = next(filter(None, found.groups())) if found else re.split(r":\s", text, maxsplit=1)[-1]
+    if not found and part == text:
+        return ""
+    part = " ".join(part.split()).strip()
+    return part if exact else part.strip(" .,!?").casefold()
+
+
+def _codes(text: str) -> frozenset[str]:
+    return frozenset(
+        code.replace("-", "").replace("_", "").casefold()
+        for code in CODE.findall(text)
+        if "." in code or any(map(str.isdigit, code))
     )
 
 
@@ -770,12 +913,60 @@ def reasons(a: Reading, b: Reading) -> tuple[str, ...]:
         found.append("signs")
     if a.words != b.words and max(len(a.words), len(b.words)) > LONG:
         found.append("long")
-    literal = not LITERAL.isdisjoint(a.words) or not LITERAL.isdisjoint(b.words)
-    if (a.polite - b.polite and b.polite - a.polite) or (
-        literal and (a.words, a.polite) != (b.words, b.polite)
+    if (
+        (a.polite - b.polite and b.polite - a.polite)
+        or ((a.said or b.said) and (a.words, a.polite) != (b.words, b.polite))
+        or _slipped(a, b)
+        or (a.text and b.text and a.text != b.text)
     ):
         found.append("wording")
+    if a.cased != b.cased and _cases_differ(a.cased, b.cased):
+        found.append("case")
+    if a.people != b.people and _people_turned(a, b):
+        found.append("people")
+    if a.codes - b.codes and b.codes - a.codes:
+        found.append("code")
+    if _prefixed(mine - yours, yours - mine):
+        found.append("prefix")
     return tuple(found)
+
+
+def _slipped(a: Reading, b: Reading) -> bool:
+    """Tell whether the same words are contracted otherwise ("dont", "don't") where the wording is the matter."""
+    if a.words != b.words or a.slips == b.slips:
+        return False
+    # "What's" for "What is" is about nobody's wording.
+    return [s for s in a.slips if s[:-2] not in IS_AFTER] != [s for s in b.slips if s[:-2] not in IS_AFTER]
+
+
+def _cases_differ(a: frozenset[str], b: frozenset[str]) -> bool:
+    there = {x.casefold() for x in a} & {x.casefold() for x in b}
+    return any(x.casefold() in there for x in a ^ b)
+
+
+def _people_turned(a: Reading, b: Reading) -> bool:
+    """Tell whether pronouns have changed places while all else is the same ("can I see him", "can he see me")."""
+    if not a.people or not b.people:
+        return False
+
+    def bare(reading: Reading) -> list[str]:
+        return sorted(PERSONS.get(word, word) for word in reading.words if word not in AUXILIARIES)
+
+    return bare(a) == bare(b)
+
+
+def _prefixed(mine: frozenset[str], yours: frozenset[str]) -> bool:
+    """Tell whether a word of one is a word of the other with a prefix that turns it ("hypo", "hyper")."""
+    for word in mine:
+        if word.startswith(PREFIXED):
+            for prefix, others in TURNED.items():
+                stem = word.removeprefix(prefix)
+                # "Inter-city" are two words. "In" and "up" alone are no prefixes.
+                if (1 < len(stem) < len(word) or (not stem and len(prefix) > 2)) and any(
+                    other + stem in yours for other in others if stem or len(other) > 2
+                ):
+                    return True
+    return False
 
 
 def unmatched(a: frozenset[str], b: frozenset[str]) -> bool:

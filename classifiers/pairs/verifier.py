@@ -195,13 +195,13 @@ class Verifier:
 
     def reasons(self, prompt: str, other: str, owner: str = "") -> tuple[str, ...]:
         """Say what the guard finds between two prompts (see `guard.REASONS`)."""
-        return guard.reasons(self.read(prompt, owner).reading, self.read(other, owner).reading)
+        return features.reasons(self.read(prompt, owner), self.read(other, owner))
 
     def compared(self, prompt: str, others: Sequence[str], owner: str = "") -> Compared:
         """Compare a prompt with stored ones, as far as that goes without the cache's encoder."""
         mine = self.read(prompt, owner)
         read = [self.read(text, owner) for text in others]
-        reasons = tuple(guard.reasons(mine.reading, other.reading) for other in read)
+        reasons = tuple(features.reasons(mine, other) for other in read)
         # A refused candidate needs no probability.
         rows = [at for at, found in enumerate(reasons) if REFUSING.isdisjoint(found)]
         table = [self._pairs.compare(mine, read[at], math.nan, reasons[at]) for at in rows]

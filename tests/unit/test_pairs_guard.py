@@ -132,3 +132,63 @@ def test_where_the_wording_is_the_matter_it_has_to_be_the_same(a: str, b: str) -
 def test_courtesies_around_what_is_asked_may_differ() -> None:
     for courteous in ("Hi, how do I pay?", "Could you please say how I pay?", "How do I pay? Many thanks"):
         assert "wording" not in reasons(courteous, "Hello! How do I pay, please?")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "reason"),
+    [
+        ("10 mW in watts", "10 MW in watts", "case"),
+        ("Is 5 mHz possible?", "Is 5 MHz possible?", "case"),
+        ("How long does 1 Mb take?", "How long does 1 MB take?", "case"),
+        ("Is 10 MBps enough?", "Is 10 Mbps enough?", "case"),
+        ("What does the variable n hold?", "What does the variable N hold?", "case"),
+        ("What is k8s secret a?", "What is k8s secret A?", "case"),
+        ("What does WHO recommend?", "What does who recommend?", "case"),
+        ("Did she call him?", "Did he call her?", "people"),
+        ("Who can see me?", "Who can I see?", "people"),
+        ("Can I help you?", "Can you help me?", "people"),
+        ("Status of INC-4411a", "Status of INC-4411b", "code"),
+        ("How do I delete file a.txt?", "How do I delete file b.txt?", "code"),
+        ("Hypoglycemia treatment", "Hyperglycemia treatment", "prefix"),
+        ("inter-city trains", "intra-city trains", "prefix"),
+        ("Undo the last commit", "Redo the last commit", "prefix"),
+        ("rewrite: dont do it", "rewrite: don't do it", "wording"),
+        ("Is dont spelled right?", "Is don't spelled right?", "wording"),
+        ("Correct this: Lets eat, grandma", "Correct this: Let's eat grandma", "wording"),
+        ("how many r in strawberry", "how many r in strawbery", "wording"),
+        ("How many vowels has banana?", "How many vowels has banan?", "wording"),
+        ("Fix: he go home", "Fix: he goed home", "wording"),
+        ('Translate "good night" to French', 'Translate "good day" to French', "wording"),
+    ],
+)
+def test_one_letter_or_place_can_make_all_the_difference(a: str, b: str, reason: str) -> None:
+    assert reason in reasons(a, b)
+    assert reasons(a, b) == reasons(b, a)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("Can I upload 500 MB?", "can i upload 500 mb"),
+        ("Is 50 Mbps fast?", "is 50 mbps fast"),
+        ("Is 20 KM far?", "Is 20 km far?"),
+        ("What is vitamin C good for?", "what is vitamin c good for"),
+        ("How do I learn C?", "how do i learn c"),
+        ("How did Q2 2023 go?", "how did q2 2023 go"),
+        ("Copy a file to S3", "copy a file to s3"),
+        ("translate it to polish", "Translate it to Polish"),
+        ("How can I pay?", "How I can pay?"),
+        ("At the weekend, can I add her?", "Can I add her at the weekend?"),
+        ("Can I get a refund?", "Can you give me a refund?"),
+        ("Where is order AB-12?", "where is order ab12"),
+        ("Is the app free, i.e. without ads?", "Is the app free i.e. without ads"),
+        ("How many are in strawberry jam?", "how many are in strawbery jam"),
+        ("WHO OWNS IT", "Who owns it?"),
+        ("I dont have a card", "I don't have a card"),
+        ("What's a synonym of big?", "What is a synonym of big?"),
+        ("Translate: good morning", "translate: Good morning."),
+        ("How do I fix it if it doesnt start?", "How do I fix it if it does not start?"),
+    ],
+)
+def test_what_is_written_otherwise_but_the_same_passes(a: str, b: str) -> None:
+    assert not set(reasons(a, b)) & {*guard.UNREAD, *guard.REASONS}

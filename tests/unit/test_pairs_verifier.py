@@ -11,7 +11,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 
 from classifiers.artefact import Artefact
 from classifiers.encoder import DATA_DIRECTORY, ArtefactError, StaticEncoder, read_manifest
-from classifiers.pairs import data, evaluate, features
+from classifiers.pairs import data, evaluate, features, guard
 from classifiers.pairs.lexicon import ANTONYM, NONE, SYNONYM, Lexicon
 from classifiers.pairs.verifier import REFUSING, Trees, Verifier
 
@@ -133,6 +133,73 @@ def test_the_shipped_verifier_tells_near_misses_from_rewordings(verifier: Verifi
     best_trap = max(probability(*pair) for pair in traps)
     assert best_trap < 0.5 < worst_good
     assert best_trap < verifier.threshold(0.05)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "reason"),
+    [
+        ("who owns it", "who owned it", "tense"),
+        ("What is the population of Oslo?", "What was the population of Oslo?", "tense"),
+        ("Who wins the cup?", "Who won the cup?", "tense"),
+        ("length of aaaa", "length of aaa", "wording"),
+        ("Reverse the string abcd", "Reverse the string abdc", "wording"),
+        ("base64 of foo", "base64 of fooo", "wording"),
+        ("translate dog to german", "translate dogs to german", "wording"),
+        ("Comment activer les notifications ?", "Comment désactiver les notifications ?", "language"),
+        ("Wie schalte ich das Licht ein?", "Wie schalte ich das Licht aus?", "language"),
+        ("¿Cuál es la capital de España?", "¿Cuál es la capital de Francia?", "language"),
+        ("Bildirimleri nasıl açarım?", "Bildirimleri nasıl kapatırım?", "language"),
+        ("Quanto custa o plano mensal?", "Quanto custa o plano anual?", "language"),
+    ],
+)
+def test_what_takes_the_lexicon_to_see_is_refused(verifier: Verifier, a: str, b: str, reason: str) -> None:
+    for asked, stored in ((a, b), (b, a)):
+        (opinion,) = verifier.opinions(asked, [(stored, 0.99)])
+        assert opinion.refused
+        assert reason in opinion.reasons
+        assert reason in verifier.reasons(asked, stored)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("Who is it owned by?", "Who owns it?"),
+        ("Gifts for women", "Gifts for a woman"),
+        ("Translate this letter to German", "Translate this letter into German"),
+        ("How do I decode a token?", "How can I decode tokens?"),
+        ("What is the best way to pay?", "What's a good way to pay?"),
+        ("What is the length of a marathon?", "what is the lenght of a marathon"),
+        ("Comment activer les notifications ?", "comment activer les notifications"),
+        ("postgres vs mysql vs sqlite", "mysql vs postgres vs sqlite"),
+        ("kubectl logs of a pod", "kubectl pod logs"),
+        ("Is El Paso in Texas?", "Does El Paso lie in Texas?"),
+        ("how do i cancle my ordr", "How do I cancel my order?"),
+        ("How do I say bonjour?", "How is bonjour said?"),
+        ("How many calories are in an egg?", "What's the calorie count of an egg?"),
+    ],
+)
+def test_rewordings_typos_and_names_are_left_to_the_verifier(verifier: Verifier, a: str, b: str) -> None:
+    assert not set(verifier.reasons(a, b)) & {*guard.UNREAD}
+
+
+def test_english_prompts_are_read_as_english_and_others_are_not(
+    static: StaticEncoder, lexicon: Lexicon
+) -> None:
+    pairs = features.PairFeatures(lexicon, static)
+    assert not [row.a for row in data.read_pairs()[::7] if pairs.read(row.a).foreign]
+    others = (
+        "Annuler mon abonnement",
+        "Wo ist meine Bestellung?",
+        "cancelar mi pedido",
+        "Come attivo le notifiche?",
+        "Hoe zet ik meldingen aan?",
+        "Jak włączyć powiadomienia?",
+        "Hur aktiverar jag aviseringar?",
+        "Miten otan ilmoitukset käyttöön?",
+        "Làm thế nào để bật thông báo?",
+        "Bagaimana cara mengaktifkan notifikasi?",
+    )
+    assert all(pairs.read(text).foreign for text in others)
 
 
 def test_a_refused_candidate_has_no_probability(verifier: Verifier) -> None:
