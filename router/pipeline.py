@@ -136,9 +136,14 @@ class Pipeline:
         exchange.cache, exchange.cache_entry = "exact" if alike is None else "semantic", stored.entry
         exchange.stored_class, exchange.candidate = stored.prompt_class, alike
         exchange.status, exchange.http_status = "complete", 200
-        answer = await stored_answer(exchange, stored)
-        exchange.first_token_ms = 1000 * (self.clock.monotonic() - exchange.started)
-        self.settle.from_cache(exchange, stored.usage, stored.cost, stored.model, stored.provider)
+        try:
+            answer = await stored_answer(exchange, stored)
+        except BaseException as error:
+            note_failure(exchange, error)
+            raise
+        finally:
+            exchange.first_token_ms = 1000 * (self.clock.monotonic() - exchange.started)
+            self.settle.from_cache(exchange, stored.usage, stored.cost, stored.model, stored.provider)
         self.checks.consider(exchange, None)
         return answer
 
