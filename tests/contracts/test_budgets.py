@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime
 
 import pytest
 
 from router.adapters.memory import MemoryBudgetStore, MemorySpendSource
 from router.adapters.redis_store import RedisBudgetStore, RedisConnection, connect
-from router.adapters.system import SystemClock
 from router.core.errors import UnavailableError
 from router.core.ports import BudgetCharge, BudgetReading, BudgetStore, Denied, Granted, SpendSource
 from router.core.types import BudgetWindow, NanoUSD
 from tests.contracts.valkey_server import ValkeyServer, valkey_server  # noqa: F401
 
 USD = 1_000_000_000
+
+
+class RunningClock:
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
 
 
 class Stores:
@@ -31,10 +40,10 @@ class Stores:
         connection = None
         store: BudgetStore
         if self.server is None:
-            store = MemoryBudgetStore(source, SystemClock(), hold_ttl=hold_ttl)
+            store = MemoryBudgetStore(source, RunningClock(), hold_ttl=hold_ttl)
         else:
             connection = connect(self.server.url)
-            store = RedisBudgetStore(connection, source, SystemClock(), workers=2, hold_ttl=hold_ttl)
+            store = RedisBudgetStore(connection, source, RunningClock(), workers=2, hold_ttl=hold_ttl)
         self._opened.append((store, connection))
         return store
 

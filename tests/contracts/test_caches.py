@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 
 import pytest
 
 from router.adapters.memory import ManualClock, MemoryCacheStore
 from router.adapters.redis_store import RedisCacheStore, connect
-from router.adapters.system import SystemClock
 from router.core.ports import CacheStore
 from tests.contracts.valkey_server import valkey_server  # noqa: F401
+
+
+class RunningClock:
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
 
 
 @pytest.fixture(params=["memory", "valkey"])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[CacheStore]:
     if request.param == "memory":
-        memory = MemoryCacheStore(SystemClock(), max_value_bytes=10_000)
+        memory = MemoryCacheStore(RunningClock(), max_value_bytes=10_000)
         yield memory
         await memory.close()
     else:

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -17,13 +18,20 @@ from redis.crc import key_slot
 from router.adapters.memory_semantic import MemorySemanticStore, weight
 from router.adapters.redis_store import RedisSemanticStore, connect
 from router.adapters.redis_store.connection import RedisConnection, Script
-from router.adapters.system import SystemClock
 from router.core.cached import Origin, SemanticEntry, SemanticStore
 from router.stages.vector_index import VectorIndex
 from tests.contracts.valkey_server import ValkeyServer, free_port, valkey_server  # noqa: F401
 
 QUOTA = 10_000_000
 BODY = b'{"choices": []}'
+
+
+class RunningClock:
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
 
 
 class Heard:
@@ -101,12 +109,12 @@ async def written(store: SemanticStore) -> None:
 @pytest.fixture(params=["memory", "valkey"])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[SemanticStore]:
     if request.param == "memory":
-        memory = MemorySemanticStore(SystemClock(), max_body_bytes=10_000)
+        memory = MemorySemanticStore(RunningClock(), max_body_bytes=10_000)
         yield memory
         await memory.close()
     else:
         connection = connect(request.getfixturevalue("valkey_server").url)
-        redis = RedisSemanticStore(connection, SystemClock(), max_body_bytes=10_000, poll_every=0.02)
+        redis = RedisSemanticStore(connection, RunningClock(), max_body_bytes=10_000, poll_every=0.02)
         yield redis
         await redis.close()
         await connection.close()
@@ -122,7 +130,7 @@ async def connections(valkey_server: ValkeyServer) -> AsyncIterator[list[RedisCo
 
 @pytest.fixture
 async def workers(connections: list[RedisConnection]) -> AsyncIterator[list[RedisSemanticStore]]:
-    stores = [RedisSemanticStore(each, SystemClock(), poll_every=0.02) for each in connections]
+    stores = [RedisSemanticStore(each, RunningClock(), poll_every=0.02) for each in connections]
     yield stores
     for store in stores:
         await store.close()
@@ -290,7 +298,7 @@ async def test_quotas_are_each_tenants_own(store: SemanticStore, tenant: str, pa
 
 async def test_listeners_hear_what_is_put(store: SemanticStore, tenant: str, partition: str) -> None:
     heard = Heard()
-    index = VectorIndex(SystemClock())
+    index = VectorIndex(RunningClock())
     store.listen(heard)
     store.listen(index)
     loaded = await store.load(partition)
@@ -346,9 +354,9 @@ def test_both_stores_let_the_same_go(
         return left, (await store.size()).bytes.get(tenant, 0)
 
     async def both() -> None:
-        memory = MemorySemanticStore(SystemClock())
+        memory = MemorySemanticStore(RunningClock())
         connection = connect(valkey_server.url)
-        redis = RedisSemanticStore(connection, SystemClock())
+        redis = RedisSemanticStore(connection, RunningClock())
         tenant = uuid.uuid4().hex
         ours, theirs = await play(memory, tenant), await play(redis, tenant)
         assert ours == theirs
@@ -385,7 +393,7 @@ async def test_a_partition_nobody_asked_for_is_not_told(
     workers: list[RedisSemanticStore], tenant: str, partition: str
 ) -> None:
     first, second = workers
-    index = VectorIndex(SystemClock())
+    index = VectorIndex(RunningClock())
     second.listen(index)
     index.replace(partition, await second.load(partition) or ())
     first.put(entry_of(tenant, partition + "x"), BODY, QUOTA)
@@ -398,7 +406,7 @@ async def test_nothing_is_missed_between_loading_and_hearing(
     workers: list[RedisSemanticStore], tenant: str, partition: str
 ) -> None:
     first, second = workers
-    index = VectorIndex(SystemClock())
+    index = VectorIndex(RunningClock())
     second.listen(index)
     entries = [entry_of(tenant, partition, seed=i) for i in range(300)]
     gone = entries[::7]
@@ -543,7 +551,7 @@ async def test_all_keys_end_with_their_entries(
 
 async def test_scripts_touch_one_slot(monkeypatch: pytest.MonkeyPatch, valkey_server: ValkeyServer) -> None:  # noqa: F811
     connection = connect(valkey_server.url)
-    store = RedisSemanticStore(connection, SystemClock())
+    store = RedisSemanticStore(connection, RunningClock())
     slots: list[set[int]] = []
     run = RedisConnection.run
 
@@ -582,8 +590,8 @@ async def test_a_cluster_serves_entries(tenant: str, partition: str) -> None:
                 break
             await connection.close()
             await asyncio.sleep(0.1)
-        store = RedisSemanticStore(connection, SystemClock(), poll_every=0.02)
-        other = RedisSemanticStore(connection, SystemClock(), poll_every=0.02)
+        store = RedisSemanticStore(connection, RunningClock(), poll_every=0.02)
+        other = RedisSemanticStore(connection, RunningClock(), poll_every=0.02)
         heard = Heard()
         other.listen(heard)
         assert await other.load(partition) == ()

@@ -6,14 +6,14 @@ import asyncio
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from router.adapters.memory import MemorySpendSource
 from router.adapters.redis_store import RedisBudgetStore, RedisCacheStore, RedisConnection, connect
-from router.adapters.system import SystemClock
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.ports import BudgetCharge, Denied, Granted
 from router.core.types import BudgetWindow, NanoUSD
@@ -23,6 +23,30 @@ WORKERS = 4
 LAG = 0.3
 
 
+class RunningClock:
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+
+@pytest.fixture
+def server() -> Iterator[ValkeyServer]:
+    server = ValkeyServer()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+async def connection(server: ValkeyServer) -> AsyncIterator[RedisConnection]:
+    connection = connect(server.url)
+    yield connection
+    await connection.close()
+
+
 @pytest.fixture
 def source() -> MemorySpendSource:
     return MemorySpendSource()
@@ -30,7 +54,7 @@ def source() -> MemorySpendSource:
 
 @pytest.fixture
 async def store(connection: RedisConnection, source: MemorySpendSource) -> AsyncIterator[RedisBudgetStore]:
-    store = RedisBudgetStore(connection, source, SystemClock(), workers=WORKERS, ledger_lag=LAG)
+    store = RedisBudgetStore(connection, source, RunningClock(), workers=WORKERS, ledger_lag=LAG)
     yield store
     await store.close()
 
@@ -206,7 +230,7 @@ async def test_another_worker_puts_its_holds_back_too(
     server: ValkeyServer, store: RedisBudgetStore, source: MemorySpendSource, window: BudgetWindow
 ) -> None:
     other_connection = connect(server.url)
-    other = RedisBudgetStore(other_connection, source, SystemClock(), workers=WORKERS, ledger_lag=LAG)
+    other = RedisBudgetStore(other_connection, source, RunningClock(), workers=WORKERS, ledger_lag=LAG)
     await store.reserve("mine", [charge(window, 1000)], NanoUSD(10))
     await other.reserve("theirs", [charge(window, 1000)], NanoUSD(20))
     server.command("FLUSHALL")
@@ -228,7 +252,7 @@ async def test_the_share_of_a_worker_that_was_idle_is_part_of_what_others_left(
     window: BudgetWindow,
 ) -> None:
     other_connection = connect(server.url)
-    other = RedisBudgetStore(other_connection, source, SystemClock(), workers=WORKERS)
+    other = RedisBudgetStore(other_connection, source, RunningClock(), workers=WORKERS)
     await store.reserve("idle", [charge(window, 1000)], NanoUSD(0))
     await other.reserve("all", [charge(window, 1000)], NanoUSD(960))
     await asyncio.sleep(1.2)
@@ -275,7 +299,7 @@ async def test_a_server_that_takes_no_writes_counts_as_away(
 async def test_more_settlements_than_are_kept_make_the_window_start_from_the_ledger(
     server: ValkeyServer, connection: RedisConnection, source: MemorySpendSource, window: BudgetWindow
 ) -> None:
-    store = RedisBudgetStore(connection, source, SystemClock(), workers=1, ledger_lag=0.05, max_pending=10)
+    store = RedisBudgetStore(connection, source, RunningClock(), workers=1, ledger_lag=0.05, max_pending=10)
     for i in range(50):
         await store.reserve(f"h{i}", [charge(window, 1000)], NanoUSD(2))
     server.freeze()
@@ -404,7 +428,7 @@ async def test_a_cluster_serves_budgets_and_cache(window: BudgetWindow) -> None:
                 break
             await connection.close()
             await asyncio.sleep(0.1)
-        store = RedisBudgetStore(connection, MemorySpendSource({window: 5}), SystemClock())
+        store = RedisBudgetStore(connection, MemorySpendSource({window: 5}), RunningClock())
         cache = RedisCacheStore(connection)
         assert isinstance(await store.reserve("a", [charge(window, 10)], NanoUSD(5)), Granted)
         assert isinstance(await store.reserve("b", [charge(window, 10)], NanoUSD(1)), Denied)
@@ -455,7 +479,7 @@ async def test_workers_of_other_machines_count_for_the_share(server: ValkeyServe
     source = MemorySpendSource({window: 0})
     connections = [connect(server.url) for _ in range(3)]
     stores = [
-        RedisBudgetStore(connection, source, SystemClock(), workers=1, ledger_lag=LAG)
+        RedisBudgetStore(connection, source, RunningClock(), workers=1, ledger_lag=LAG)
         for connection in connections
     ]
     charge = [BudgetCharge(window, NanoUSD(900))]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 
 from router.adapters.redis_store import RedisConnection, RedisSemanticStore, connect
-from router.adapters.system import SystemClock
 from router.core.cached import Origin, SemanticEntry
 from router.core.errors import UnavailableError
 from tests.contracts.valkey_server import ValkeyServer
@@ -19,6 +19,14 @@ from tests.contracts.valkey_server import ValkeyServer
 QUOTA = 10_000_000
 BODY = b'{"choices": []}'
 RATE = 50
+
+
+class RunningClock:
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
 
 
 class Heard:
@@ -64,8 +72,24 @@ def entry_of(partition: str = "partition", tenant: str = "tenant", ttl: float = 
 
 
 @pytest.fixture
+def server() -> Iterator[ValkeyServer]:
+    server = ValkeyServer()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+async def connection(server: ValkeyServer) -> AsyncIterator[RedisConnection]:
+    connection = connect(server.url)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
 async def store(connection: RedisConnection) -> AsyncIterator[RedisSemanticStore]:
-    store = RedisSemanticStore(connection, SystemClock())
+    store = RedisSemanticStore(connection, RunningClock())
     yield store
     await store.close()
 
@@ -119,7 +143,7 @@ async def test_what_is_removed_while_redis_is_away_stays_removed(
     server: ValkeyServer, connection: RedisConnection, store: RedisSemanticStore
 ) -> None:
     other_connection = connect(server.url)
-    other = RedisSemanticStore(other_connection, SystemClock())
+    other = RedisSemanticStore(other_connection, RunningClock())
     heard = Heard()
     store.listen(heard)
     one, two, three = entry_of(), entry_of(), entry_of()
@@ -163,7 +187,7 @@ async def test_memory_serves_nobody_else_and_nothing_expired(
 
 
 async def test_memory_is_bounded(server: ValkeyServer, connection: RedisConnection) -> None:
-    store = RedisSemanticStore(connection, SystemClock(), memory_bytes=10_000)
+    store = RedisSemanticStore(connection, RunningClock(), memory_bytes=10_000)
     entries = [entry_of() for _ in range(10)]
     for entry in entries:
         store.put(entry, b"x" * 1600, QUOTA)
@@ -237,7 +261,7 @@ async def test_a_server_that_takes_no_writes_counts_as_away(
 
 
 async def test_puts_that_wait_are_bounded(server: ValkeyServer, connection: RedisConnection) -> None:
-    store = RedisSemanticStore(connection, SystemClock(), max_pending=5)
+    store = RedisSemanticStore(connection, RunningClock(), max_pending=5)
     entries = [entry_of() for _ in range(20)]
     for entry in entries:
         store.put(entry, BODY, QUOTA)
@@ -254,7 +278,7 @@ async def test_under_use_nothing_fails_and_nothing_waits(
 ) -> None:
     """Two workers, look-ups, puts, hits and removals at a rate, the fault in the middle."""
     other_connection = connect(server.url)
-    other = RedisSemanticStore(other_connection, SystemClock())
+    other = RedisSemanticStore(other_connection, RunningClock())
     known = [entry_of() for _ in range(40)]
     for entry in known:
         store.put(entry, BODY, QUOTA)
@@ -354,7 +378,7 @@ async def test_long_prompts_are_read_in_pieces_that_hold_nobody_up(
         return reply
 
     monkeypatch.setattr(beside, "execute", measured)
-    other = RedisSemanticStore(beside, SystemClock())
+    other = RedisSemanticStore(beside, RunningClock())
     loaded = await other.load("partition")
     await other.close()
     await beside.close()
