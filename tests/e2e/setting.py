@@ -36,7 +36,7 @@ _QUALITY = {
     "middle": ("0.97", "0.93", "0.75"),
     "frontier": ("0.99", "0.97", "0.94"),
 }
-_TIMEOUTS = "timeouts: { connect: 1s, first_token: 1s, idle: 1s, total: 20s }"
+_TIMEOUTS = "timeouts: {{ connect: 5s, first_token: {first_token}, idle: {idle}, total: 40s }}"
 _SIZE = "context: 128000, max_output: 16384, supports: [tools, json_schema, vision]"
 
 
@@ -57,7 +57,12 @@ def providers(url: str) -> str:
     models["slow"] = f'{{ provider: sim, name: slow, {_SIZE}, price: {{ input: "1", output: "4" }} }}'
     for fault in FAULTS:
         name = f"bad-{fault.replace('_', '-')}"
-        named[name] = f'{{ wire: openai, base_url: "{url}", {_TIMEOUTS} }}'
+        # Short only where waiting is the fault: a busy machine may hold up any other answer for a second.
+        timeouts = _TIMEOUTS.format(
+            first_token="1s" if fault.startswith("stall") else "20s",
+            idle="1s" if fault == "silence" else "20s",
+        )
+        named[name] = f'{{ wire: openai, base_url: "{url}", {timeouts} }}'
         models[name] = f'{{ provider: {name}, name: {name}, {_SIZE}, price: {{ input: "1", output: "4" }} }}'
     return providers_yaml(models, named)
 
