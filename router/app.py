@@ -172,7 +172,7 @@ class Gateway:
             cascade=Cascade(dispatch, reserve, self._clock),
             settle=settle,
             shadows=self._shadows,
-            checks=CacheChecks(self._shadows, self._answers, self._clock, draw),
+            checks=CacheChecks(self._shadows, self._answers, self._clock),
             book=self._book,
             clock=self._clock,
             draw=draw,

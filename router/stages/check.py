@@ -17,16 +17,9 @@ from router.core.policy import LearnPolicy
 from router.core.ports import Clock
 from router.stages.cascade import parsed
 from router.stages.exchange import Exchange
-from router.stages.judge import (
-    Answer,
-    judge_request,
-    parsed_answer,
-    read_verdict,
-    says_the_same,
-    unstreamed,
-)
+from router.stages.judge import Answer, parsed_answer, says_the_same, unstreamed
 from router.stages.semantic import Found, Inquiry
-from router.stages.shadow import JUDGE_ENDPOINT, SHADOW_ENDPOINT, Shadows
+from router.stages.shadow import SHADOW_ENDPOINT, Shadows
 from router.stages.signals import signals_of
 
 log = logging.getLogger("farthing")
@@ -39,15 +32,10 @@ JUDGE = "judge"
 
 
 class CacheChecks:
-    """`draw` is in [0, 1)."""
-
-    def __init__(
-        self, shadows: Shadows, store: SemanticStore, clock: Clock, draw: Callable[[], float]
-    ) -> None:
+    def __init__(self, shadows: Shadows, store: SemanticStore, clock: Clock) -> None:
         self._shadows = shadows
         self._store = store
         self._clock = clock
-        self._draw = draw
 
     def note(self, exchange: Exchange, body: bytes | None) -> None:
         """Once the request's own answer has ended, before it is settled: the label that costs nothing."""
@@ -138,22 +126,14 @@ class CacheChecks:
         stored = await parsed(found.stored.body, found.stored.stream)
         if stored is None:
             return None
-        swapped = self._draw() < 0.5  # a judge prefers a place, so each answer stands in each as often
-        a, b = (fresh, stored) if swapped else (stored, fresh)
-        request = judge_request(exchange.request, a, b, exchange.snapshot.models[judge], exchange.id)
-        if request is None:
-            return None
-        judging = self._shadows.aside(exchange, learn, JUDGE_ENDPOINT, judge, request)
         right: bool | None = None
 
-        def labelled(said: Answer) -> None:
+        def scored(judging: Exchange, of_stored: float, _: float) -> None:
             nonlocal right
-            verdict = read_verdict(said)
-            if verdict is not None:
-                right = (verdict.b_good if swapped else verdict.a_good) >= GOOD
-                judging.cache_labels = (self._label(exchange, inquiry, found, right, JUDGE),)
+            right = of_stored >= GOOD
+            judging.cache_labels = (self._label(exchange, inquiry, found, right, JUDGE),)
 
-        await self._shadows.call(judging, judge, labelled)
+        await self._shadows.judged(exchange, learn, judge, (stored, fresh), scored)
         return right
 
     async def _quarantine(self, found: Found) -> None:

@@ -156,25 +156,37 @@ class Shadows:
 
         answer = await self.call(shadow, pair.other, labelled)
         if answer is not None and judge is not None:
-            await self._judge(pair, judge, answer)
 
-    async def _judge(self, pair: _Pair, judge: str, answer: Answer) -> None:
-        swapped = self._draw() < 0.5  # a judge prefers a place, so each answer stands in each as often
-        a, b = (answer, pair.answer) if swapped else (pair.answer, answer)
-        model = pair.exchange.snapshot.models[judge]
-        request = judge_request(pair.exchange.request, a, b, model, pair.exchange.id)
-        if request is None:
-            return
-        judging = self.aside(pair.exchange, pair.learn, JUDGE_ENDPOINT, judge, request)
-
-        def labelled(said: Answer) -> None:
-            verdict = read_verdict(said)
-            if verdict is not None:
-                scores = (verdict.a_good, verdict.b_good)
-                served, other = reversed(scores) if swapped else scores
+            def scored(judging: Exchange, served: float, other: float) -> None:
                 judging.labels = self._labels(pair, "judge", served, other, 1.0)
 
-        await self.call(judging, judge, labelled)
+            await self.judged(pair.exchange, pair.learn, judge, (pair.answer, answer), scored)
+
+    async def judged(
+        self,
+        exchange: Exchange,
+        learn: LearnPolicy,
+        judge: str,
+        answers: tuple[Answer, Answer],
+        read: Callable[[Exchange, float, float], None],
+    ) -> None:
+        """Asks `judge` how good two answers to a request are. `read` gets the judge's call, before it is settled, and
+        the score of each answer in [0, 1]; it is not called where nothing clear was said. Raises FarthingError.
+        """
+        swapped = self._draw() < 0.5  # a judge prefers a place, so each answer stands in each as often
+        a, b = reversed(answers) if swapped else answers
+        request = judge_request(exchange.request, a, b, exchange.snapshot.models[judge], exchange.id)
+        if request is None:
+            return
+        judging = self.aside(exchange, learn, JUDGE_ENDPOINT, judge, request)
+
+        def said(answer: Answer) -> None:
+            verdict = read_verdict(answer)
+            if verdict is not None:
+                scores = (verdict.a_good, verdict.b_good)
+                read(judging, *(reversed(scores) if swapped else scores))
+
+        await self.call(judging, judge, said)
 
     def _agreed(self, pair: _Pair, answer: Answer) -> tuple[Label, ...]:
         """Labels without a judge: the reference's answer is the yardstick, unless it is broken itself."""

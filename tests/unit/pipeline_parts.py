@@ -231,7 +231,7 @@ class Rig:
             cascade=Cascade(dispatch, reserve, self.clock),
             settle=settle,
             shadows=self.shadows,
-            checks=CacheChecks(self.shadows, self.answers, self.clock, lambda: self.draws()),
+            checks=CacheChecks(self.shadows, self.answers, self.clock),
             book=self.book,
             clock=self.clock,
             draw=lambda: 0.5,
