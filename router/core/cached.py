@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from msgspec import Struct
+
 if TYPE_CHECKING:
     from router.core.types import Caller
 
@@ -18,8 +20,7 @@ InvalidationKind = Literal["all", "team", "app", "model", "tag", "scope", "entry
 INVALIDATION_KINDS: tuple[InvalidationKind, ...] = ("all", "team", "app", "model", "tag", "scope", "entry")
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(Struct, array_like=True, frozen=True, gc=False):
     """Where a stored answer comes from, as far as invalidating it needs to know.
 
     `entry`: the request that made it. `generation`: the newest invalidation known when that request was admitted.
@@ -35,9 +36,8 @@ class Origin:
     scope: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class SemanticEntry:
-    """A stored answer as each worker's index knows it; its body stays in the store.
+class SemanticEntry(Struct, array_like=True, frozen=True, gc=False):
+    """A stored answer as each worker's index knows it, and as it is stored; its body stays in the store.
 
     `tenant`: whose quota it counts against. `partition`: all that must be the same (tenant's scope, history, system
     prompt, tools, format, parameters, rules in force, encoder). `prompt`: the last message's text, whole. `vector`:

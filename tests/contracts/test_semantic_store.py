@@ -6,7 +6,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -21,6 +20,7 @@ from router.adapters.redis_store.connection import RedisConnection, Script
 from router.core.cached import Origin, SemanticEntry, SemanticStore
 from router.stages.vector_index import VectorIndex
 from tests.contracts.valkey_server import ValkeyServer, free_port, valkey_server  # noqa: F401
+from tests.values import replace
 
 QUOTA = 10_000_000
 BODY = b'{"choices": []}'

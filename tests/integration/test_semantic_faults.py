@@ -6,7 +6,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -15,6 +14,7 @@ from router.adapters.redis_store import RedisConnection, RedisSemanticStore, con
 from router.core.cached import Origin, SemanticEntry
 from router.core.errors import UnavailableError
 from tests.contracts.valkey_server import ValkeyServer
+from tests.values import replace
 
 QUOTA = 10_000_000
 BODY = b'{"choices": []}'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import tracemalloc
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from router.adapters.memory import ManualClock
 from router.core.cached import Origin, SemanticEntry
 from router.stages.vector_index import VectorIndex
+from tests.values import replace
 
 SKETCH, VECTOR = 16, 24
 Floats = NDArray[np.float32]

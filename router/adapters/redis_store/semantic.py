@@ -25,7 +25,7 @@ import msgspec
 from router.adapters.memory_semantic import MAX_BODY_BYTES, weight
 from router.adapters.redis_store.connection import RedisConnection, Script
 from router.adapters.redis_store.semantic_scripts import LOCATE, PUT, REMOVE, SERVED
-from router.core.cached import Origin, SemanticEntry, SemanticListener, StoreSize
+from router.core.cached import SemanticEntry, SemanticListener, StoreSize
 from router.core.errors import UnavailableError
 from router.core.ports import Clock
 
@@ -50,32 +50,11 @@ _MAX_REMEMBERED = 10_000
 _NAME = re.compile(r"[0-9A-Za-z._:-]{1,128}")
 
 
-class _Member(msgspec.Struct, array_like=True, tag=1, frozen=True, gc=False):
-    """An entry as a partition's hash holds it. The tag is the version: another one's values do not decode."""
+# The tags are versions: another one's values do not decode.
+class _Member(msgspec.Struct, array_like=True, tag=2, frozen=True, gc=False):
+    """An entry as a partition's hash holds it."""
 
-    id: str
-    generation: int
-    team: str
-    app: str | None
-    model: str
-    tags: tuple[str, ...]
-    scope: str
-    tenant: str
-    partition: str
-    prompt: str
-    vector: bytes
-    sketch: bytes
-    encoder_id: str
-    stored_at: float
-    expires_at: float
-    provider: str
-    upstream_model: str
-    prompt_class: str | None
-    usage: tuple[int, ...]
-    cost: int | None
-    policy_hash: str
-    stream: bool
-    body_bytes: int
+    entry: SemanticEntry
 
 
 class _Body(msgspec.Struct, array_like=True, tag=1, frozen=True, gc=False):
@@ -325,7 +304,7 @@ class RedisSemanticStore:
             [f"members:{partition}", f"body:{id}"],
             [
                 *(id, partition, weight(entry, body), max(entry.cost or 0, 0), quota, ttl),
-                *(_encode(_member(entry)), _encode(_Body(tenant, partition, id, body))),
+                *(_encode(_Member(entry)), _encode(_Body(tenant, partition, id, body))),
             ],
         )
 
@@ -679,58 +658,9 @@ def _entry_of(value: object, tenant: str, partition: str, id: str) -> SemanticEn
     if not isinstance(value, bytes):
         return None
     try:
-        stored = _members.decode(value)
+        entry = _members.decode(value).entry
     except msgspec.MsgspecError:
         return None
-    if (stored.tenant, stored.partition, stored.id) != (tenant, partition, id):
+    if (entry.tenant, entry.partition, entry.id) != (tenant, partition, id):
         return None
-    return SemanticEntry(
-        origin=Origin(
-            stored.id, stored.generation, stored.team, stored.app, stored.model, stored.tags, stored.scope
-        ),
-        tenant=stored.tenant,
-        partition=stored.partition,
-        prompt=stored.prompt,
-        vector=stored.vector,
-        sketch=stored.sketch,
-        encoder_id=stored.encoder_id,
-        stored_at=stored.stored_at,
-        expires_at=stored.expires_at,
-        provider=stored.provider,
-        upstream_model=stored.upstream_model,
-        prompt_class=stored.prompt_class,
-        usage=stored.usage,
-        cost=stored.cost,
-        policy_hash=stored.policy_hash,
-        stream=stored.stream,
-        body_bytes=stored.body_bytes,
-    )
-
-
-def _member(entry: SemanticEntry) -> _Member:
-    origin = entry.origin
-    return _Member(
-        id=origin.entry,
-        generation=origin.generation,
-        team=origin.team,
-        app=origin.app,
-        model=origin.model,
-        tags=origin.tags,
-        scope=origin.scope,
-        tenant=entry.tenant,
-        partition=entry.partition,
-        prompt=entry.prompt,
-        vector=entry.vector,
-        sketch=entry.sketch,
-        encoder_id=entry.encoder_id,
-        stored_at=entry.stored_at,
-        expires_at=entry.expires_at,
-        provider=entry.provider,
-        upstream_model=entry.upstream_model,
-        prompt_class=entry.prompt_class,
-        usage=entry.usage,
-        cost=entry.cost,
-        policy_hash=entry.policy_hash,
-        stream=entry.stream,
-        body_bytes=entry.body_bytes,
-    )
+    return entry
