@@ -144,14 +144,14 @@ def _reason(characters: int, described: np.ndarray[Any, np.dtype[np.float32]], j
     """Say in words what the judgement rests on: the nearest kind of task, the size and what stands out."""
 
     def count(name: str) -> int:
-        return round(math.expm1(described[_INDEX[name]]))
+        return round(math.expm1(described.item(_INDEX[name])))
 
     size = "short" if characters < 80 else "long" if characters > 1500 else ""
     kind = judgement.kind if judgement.familiar else "unfamiliar prompt"
     parts = [f"{size} {kind}".strip()]
-    if described[_INDEX["non_latin_share"]] > 0.3:
+    if described.item(_INDEX["non_latin_share"]) > 0.3:
         parts.append("non-Latin script")
-    if described[_INDEX["code_fence"]] or count("code_signs") >= 3:
+    if described.item(_INDEX["code_fence"]) or count("code_signs") >= 3:
         parts.append("contains code")
     if count("reasoning_words") >= 2:
         parts.append("asks for reasoning")

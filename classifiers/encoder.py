@@ -190,19 +190,26 @@ class StaticEncoder:
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """See `Encoder.encode`. Reads the first 8,192 characters of each text."""
+        if len(texts) == 1:
+            return self._vector(texts[0])[None]
         result = np.empty((len(texts), self.dimensions), dtype=np.float32)
         for row, text in enumerate(texts):
-            pieces = self._pieces(bounded(text))
-            if not pieces:
-                result[row] = self._fallback
-                continue
-            # Not a product of BLAS, whose threads cost milliseconds on a busy machine.
-            vector = np.einsum(
-                "i,ij->j", self._scales.take(pieces), self._table.take(pieces, axis=0).astype(np.float32)
-            )
-            length = math.sqrt(vector.dot(vector))
-            result[row] = vector / length if length > 1e-12 else self._fallback
+            result[row] = self._vector(text)
         return result
+
+    def _vector(self, text: str) -> Vectors:
+        pieces = self._pieces(bounded(text))
+        if not pieces:
+            return self._fallback.copy()
+        # Not a product of BLAS, whose threads cost milliseconds on a busy machine.
+        vector: Vectors = np.einsum(
+            "i,ij->j", self._scales.take(pieces), self._table.take(pieces, axis=0).astype(np.float32)
+        )
+        length = math.sqrt(vector.dot(vector))
+        if length <= 1e-12:
+            return self._fallback.copy()
+        vector /= length
+        return vector
 
     def _pieces(self, text: str) -> list[int]:
         """Return the ids of a text's word pieces, as the tokenizer does.
@@ -211,7 +218,9 @@ class StaticEncoder:
         prompt to prompt, are looked up. The tokenizer sees each word once and all other text: that with letters
         beyond ASCII, control characters (it drops them) or a written [MASK].
         """
-        if not _PLAIN.fullmatch(text) or ("[" in text and any(token in text for token in self._added_tokens)):
+        if not (text.isascii() and (text.isprintable() or _PLAIN.fullmatch(text))) or (
+            "[" in text and any(token in text for token in self._added_tokens)
+        ):
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
             return ids
         pieces: list[int] = []

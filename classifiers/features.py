@@ -10,7 +10,7 @@ import re
 import string
 from collections.abc import Mapping
 from functools import lru_cache
-from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,8 +60,7 @@ _CODE = re.compile(
     re.MULTILINE,
 )
 _MAY_BE_CODE = re.compile(r"[{};(=>&|<]")
-_MAY_BE_CODE_TOO = ("::", "SELECT", "self.")
-# What of `_CODE` is left where neither is found; each line stands after a line end.
+# What of `_CODE` is left where none of its signs is found; each line stands after a line end.
 _CODE_LINE = re.compile(
     r"\n[ \t]{0,40}(?:def|class|import|from|func|fn|public|private|const|let|var|return|#include|for|while|if)\b"
 )
@@ -93,10 +92,15 @@ _LOOKUP = re.compile(
     r"(?:what(?:'s| is| does| are| year)|who|when|where|how (?:many|much|tall|old|long|far|do i|do you say)|which|is|"
     r"are|does|do|can|name|spell|convert|translate|hi|hello|thanks)\b",
 )
-# The words of a text, and the groups of words that one of the three patterns above counts as one.
+# The words of a text, and the groups of words that one of the three patterns above counts as one. Most texts hold
+# none of those.
 _COUNTED = re.compile(
     r"(?:trade-offs?|lock-free|root cause|counter-(?:example|argument)s?|failure modes?|at most|at least|"
     r"no more than|do not|don't)\b|\w+"
+)
+_MAY_BE_GROUPS = (
+    *("trade-off", "lock-free", "root cause", "counter-", "failure mode"),
+    *("at most", "at least", "no more than", "do not", "don't"),
 )
 _ASCII_LETTERS, _ASCII_UPPER = string.ascii_letters.encode(), string.ascii_uppercase.encode()
 _ASCII_DIGITS = string.digits.encode()
@@ -138,15 +142,21 @@ _MARK = re.compile(
     r"\b(?=\d{0,64}[a-f])(?=[a-f]{0,64}\d)[0-9a-f]{8,64}\b",
     re.IGNORECASE,
 )
-_MAY_BE_MARK = re.compile(r"[\[(]|[0-9a-fA-F]{8}")
+_MAY_BE_HEXADECIMAL = re.compile(r"[0-9a-fA-F]{8}")
+_MAY_BE_COURTESY_AFTER = ("pl", "thank", "thx", "cheer")
 # So much must be left of a task without its courtesies.
 MIN_TASK = 8
 _TOKEN = re.compile(r"[^\W_]+(?:['\-;][^\W_]+)*")
+_ASCII_TOKEN = re.compile(r"[a-z0-9]+(?:['\-;][a-z0-9]+)*")
 _SMALL_ANSWER = re.compile(
     r"\b(?:a |one |1 |two |2 |three |single |the )(?:single |short |plain )?"
     r"(?:word|words|sentence|sentences|line|lines|letter)\b|"
     r"\bone[- ]line|\byes or no\b|\btrue or false\b|\btl;?dr\b|\bjust (?:the|tell|yes|give)\b|\bnothing else\b|"
     r"\bonly (?:the|one|question)\b|\bheadline\b|\bin a few words\b",
+)
+_MAY_BE_SMALL_ANSWER = (
+    *("word", "sentence", "line", "letter", "yes or no", "true or false", "tl"),
+    *("just ", "nothing else", "only "),
 )
 _SIZE = re.compile(r"\b(\d{2,4})[ -]?(?:words?|lines|characters|minutes|pages?)\b")
 _FURTHER_REQUEST = re.compile(
@@ -156,8 +166,8 @@ _FURTHER_REQUEST = re.compile(
     r"find|add|include|reconcile|defend|assess|propose|advise|suggest|predict|draft|identify|quantify|rank|bound|decide)\b",
 )
 _WHY = re.compile(r"\b(?:why|reasons?|reasoning|because)\b")
-_HOW = re.compile(r"\bhow (?:does|do|did|is|are|can|could|would|should|to|one)\b")
-_NUMBER = re.compile(r"\d+")
+_HOW = re.compile(r"h(?<!\wh)ow (?:does|do|did|is|are|can|could|would|should|to|one)\b")
+_NUMBER, _ASCII_NUMBER = re.compile(r"\d+"), re.compile(r"[0-9]+")
 
 _GROUPS = tuple(demand_words.GROUPS)
 _PHRASES = tuple(demand_words.PHRASES)
@@ -173,11 +183,21 @@ def _places(groups: Mapping[str, frozenset[str]], size: int) -> dict[tuple[str, 
     return found
 
 
-_GROUPS_OF = {word: places for (word,), places in _places(demand_words.GROUPS, 1).items()}
-_PHRASES_OF = {word: places for (word,), places in _places(demand_words.PHRASES, 1).items()}
 _PAIRS, _TRIPLES = _places(demand_words.PHRASES, 2), _places(demand_words.PHRASES, 3)
-_EXPERT, _ORDINARY, _PLAIN = (
-    tuple(_PHRASES.index(phrase) for phrase in phrases) for phrases in demand_words.LEVELS.values()
+
+
+def _known_words() -> dict[str, tuple[tuple[int, ...], tuple[int, ...], bool]]:
+    """Return for each word that counts the places of its groups and phrases, and whether it begins a longer one."""
+    groups, phrases = _places(demand_words.GROUPS, 1), _places(demand_words.PHRASES, 1)
+    first = {words[0] for words in (*_PAIRS, *_TRIPLES)}
+    words = {word for (word,) in (*groups, *phrases)} | first
+    return {word: (groups.get((word,), ()), phrases.get((word,), ()), word in first) for word in words}
+
+
+_KNOWN = _known_words()
+# What of the counts of phrases is said on each level.
+_OF_LEVEL = tuple(
+    itemgetter(*(_PHRASES.index(phrase) for phrase in phrases)) for phrases in demand_words.LEVELS.values()
 )
 # What several phrases say together; see `_together`.
 _AT = {phrase: at for at, phrase in enumerate(_PHRASES)}
@@ -241,36 +261,39 @@ def demand(text: str, task: str) -> NDArray[np.float32]:
     return np.array(_demand(text, task), dtype=np.float32)
 
 
-def _demand(text: str, task: str) -> tuple[float, ...]:
+def _demand(text: str, task: str) -> list[float]:
     task = task.lower().replace("\u2019", "'")
-    words = _TOKEN.findall(task)
+    plain = task.isascii()
+    words = (_ASCII_TOKEN if plain else _TOKEN).findall(task)
     size = len(words)
     counts, first, said = [0] * len(_GROUPS), [0.0] * len(_GROUPS), [0] * len(_PHRASES)
     for at, word in enumerate(words):
-        for group in _GROUPS_OF.get(word, ()):
+        known = _KNOWN.get(word)
+        if known is None:
+            continue
+        groups, phrases, begins = known
+        for group in groups:
             counts[group] += 1
             if at < FIRST_WORDS:
                 first[group] = 1.0
-        for phrase in _PHRASES_OF.get(word, ()):
+        for phrase in phrases:
             said[phrase] += 1
-    for pair in pairwise(words):
-        if pair in _PAIRS:
-            for phrase in _PAIRS[pair]:
+        if begins:
+            for phrase in _PAIRS.get(tuple(words[at : at + 2]), ()):
                 said[phrase] += 1
-    for triple in zip(words, words[1:], words[2:], strict=False):
-        if triple in _TRIPLES:
-            for phrase in _TRIPLES[triple]:
+            for phrase in _TRIPLES.get(tuple(words[at : at + 3]), ()):
                 said[phrase] += 1
-    numbers = len(_NUMBER.findall(task))
+    numbers = len((_ASCII_NUMBER if plain else _NUMBER).findall(task))
     asked_size = _SIZE.search(task) if numbers else None
     may_ask_why = "why" in task or "reason" in task or "because" in task
+    may_be_small = any(map(task.__contains__, _MAY_BE_SMALL_ANSWER))
     lengths = [*map(len, words)]
     log = math.log1p
-    return (
+    return [
         *map(log, counts),
         *first,
-        *(_NO_PARTS if task.isascii() else (log(len(parts.findall(task))) for parts in _PARTS)),
-        1.0 if _SMALL_ANSWER.search(task) else 0.0,
+        *(_NO_PARTS if plain else (log(len(parts.findall(task))) for parts in _PARTS)),
+        1.0 if may_be_small and _SMALL_ANSWER.search(task) else 0.0,
         log(float(asked_size[1])) / 4 if asked_size else 0.0,
         log(len(_FURTHER_REQUEST.findall(task))),
         log(len(_WHY.findall(task))) if may_ask_why else 0.0,
@@ -287,33 +310,36 @@ def _demand(text: str, task: str) -> tuple[float, ...]:
         min(size, 25) / 25,
         *map(log, said),
         *_together(said, max(size, 1)),
-    )
+    ]
 
 
-def _together(said: list[int], size: int) -> tuple[float, ...]:
+def _together(said: list[int], size: int) -> list[float]:
     """Return what the phrases said in a task of `size` words say together.
 
     A task told anew seldom keeps its words and mostly keeps its level: these vary less than single groups do.
     """
+    log = math.log1p
     levels: list[float] = []
-    totals = []
-    for level in (_EXPERT, _ORDINARY, _PLAIN):
-        of_level = [said[phrase] for phrase in level]
-        total = sum(of_level)
+    totals: list[int] = []
+    for of_level in _OF_LEVEL:
+        on_it = of_level(said)
+        total = sum(on_it)
         totals.append(total)
-        kinds = len(level) - of_level.count(0)
-        levels += (math.log1p(total), 1.0 if total else 0.0, math.log1p(kinds), min(total / size, 1.0))
+        if total:
+            levels += (log(total), 1.0, log(len(on_it) - on_it.count(0)), min(total / size, 1.0))
+        else:
+            levels += (0.0, 0.0, 0.0, 0.0)
     expert, ordinary, plain = levels[0], levels[4], levels[8]
-    experts, ordinaries, plains = (total > 0 for total in totals)
-    combination = 4 * experts + 2 * ordinaries + plains
-    fact = said[_AT_MEANING] > 0 or said[_AT_FACT] > 0 or said[_AT_ITEM] > 0
-    return (
+    experts, ordinaries, plains = totals
+    combination = 4 * (experts > 0) + 2 * (ordinaries > 0) + (plains > 0)
+    fact = said[_AT_MEANING] or said[_AT_FACT] or said[_AT_ITEM]
+    return [
         *levels,
         expert - plain,
         expert - ordinary,
         ordinary - plain,
-        float(min(totals[0], 2)),
-        math.sqrt(totals[0]),
+        float(min(experts, 2)),
+        math.sqrt(experts),
         *_COMBINATIONS[combination],
         1.0 if said[_AT_HOW_TO] and said[_AT_TOOL] else 0.0,
         1.0 if fact and said[_AT_THEORY] else 0.0,
@@ -323,7 +349,7 @@ def _together(said: list[int], size: int) -> tuple[float, ...]:
         min(10 / size, 1.0) if said[_AT_DESIGN] else 0.0,
         1.0 if said[_AT_WHY] and experts else 0.0,
         1.0 if said[_AT_WORKINGS] and not experts else 0.0,
-    )
+    ]
 
 
 _COMBINATIONS = tuple(tuple(1.0 if at == other else 0.0 for other in range(8)) for at in range(8))
@@ -368,9 +394,12 @@ def focus(text: str) -> str:
 
 def bare(task: str) -> str:
     """Return a task without greetings, thanks and marks such as [a81f02c4]; itself where little else is in it."""
-    short = _MARK.sub(" ", task) if _MAY_BE_MARK.search(task) else task
+    may_hold_marks = "[" in task or "(" in task or _MAY_BE_HEXADECIMAL.search(task)
+    short = _MARK.sub(" ", task) if may_hold_marks else task
     begins = _COURTESY_BEFORE.match(short)
-    ends = _COURTESY_AFTER.search(short, max(len(short) - 40, 0))
+    end = short[-40:]
+    may_end = any(map(end.lower().__contains__, _MAY_BE_COURTESY_AFTER))
+    ends = _COURTESY_AFTER.search(short, len(short) - len(end)) if may_end else None
     short = short[begins.end() if begins else 0 : ends.start() if ends else len(short)].strip()
     return short if len(short) >= MIN_TASK else task
 
@@ -407,16 +436,16 @@ def structure(text: str) -> NDArray[np.float32]:
     return np.array(_structure(text), dtype=np.float32)
 
 
-def _structure(text: str) -> tuple[float, ...]:
+def _structure(text: str) -> list[float]:
     part = excerpt(text)
     edges = part if len(part) <= 601 else f"{part[:300]}\n{part[-300:]}"
     size = max(len(part), 1)
     words = _count_words(part)
     letters, upper, digits, latin = _count_characters(edges)
     lowered = edges.lower()
-    counted_as = "".join(map(_counted_as, _COUNTED.findall(lowered)))
+    counted_as = "".join(map(_counted_as, _counted(lowered)))
     log = math.log1p
-    return (
+    return [
         log(len(text)),
         log(words * len(text) / size),
         log(part.count("\n")),
@@ -435,7 +464,18 @@ def _structure(text: str) -> tuple[float, ...]:
         log(edges.count('"') + edges.count("\u201c")),
         upper / max(letters, 1),
         1.0 - latin / letters if letters else 0.0,
-    )
+    ]
+
+
+def _counted(text: str) -> list[str]:
+    """Return the matches of `_COUNTED` in a text in lower case."""
+    if text.isascii() and not any(map(text.__contains__, _MAY_BE_GROUPS)):
+        return _ascii_words(text)
+    return _COUNTED.findall(text)
+
+
+def _ascii_words(text: str) -> list[str]:
+    return text.encode().translate(_ONLY_WORDS).decode().split()
 
 
 # Prompts share most of their words. A word has at most 601 characters, so the cache is bounded in bytes, too.
@@ -451,7 +491,7 @@ def _counted_as(words: str) -> str:
 
 def _count_words(text: str) -> int:
     if text.isascii():
-        return len(text.encode().translate(_ONLY_WORDS).split())
+        return len(_ascii_words(text))
     return len(_WORD.findall(text))
 
 
@@ -476,11 +516,11 @@ def _count_characters(text: str) -> tuple[int, int, int, int]:
 
 
 def _count_code_signs(text: str) -> int:
-    if _MAY_BE_CODE.search(text) or any(sign in text for sign in _MAY_BE_CODE_TOO):
+    if _MAY_BE_CODE.search(text) or "::" in text or "SELECT" in text or "self." in text:
         return len(_CODE.findall(text))
     return len(_CODE_LINE.findall(f"\n{text}"))
 
 
 def describe(text: str, task: str) -> NDArray[np.float32]:
     """Return `structure` and `demand` side by side, shape (len(ALL_NAMES),); `task` is the text's `focus`."""
-    return np.array((*_structure(text), *_demand(text, task)), dtype=np.float32)
+    return np.array(_structure(text) + _demand(text, task), dtype=np.float32)

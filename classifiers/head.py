@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,7 @@ MAX_DEVIATION = 3.0
 Array = NDArray[np.float32]
 
 _NON_LATIN = features.NAMES.index("non_latin_share")
+_FEATURES_TO_VECTOR = math.sqrt((1.0 - VECTOR_SHARE) / VECTOR_SHARE)
 
 
 def class_of(difficulty: float) -> str:
@@ -78,8 +80,7 @@ def products(left: Array, right: Array) -> Array:
     return row[None, :]
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
+class Judgement(NamedTuple):
     """What a head thinks of one prompt.
 
     `probabilities`: of simple, medium, complex. `difficulty`: 0.5 p(medium) + p(complex). `confidence`: the
@@ -126,6 +127,7 @@ class Head:
             self._bias: Array = arrays["bias"].astype(np.float32)
             self._centre: Array = arrays["centre"].astype(np.float32)
             self._scale: Array = arrays["scale"].astype(np.float32)
+            self._feature_scale: Array = self._scale[dimensions:]
             self._axes: Array = np.ascontiguousarray(arrays["axes"], dtype=np.float32)
             labelled = arrays["labelled"]
             self._labelled_by_axis: Array = np.ascontiguousarray(labelled.T, dtype=np.float32)
@@ -138,6 +140,7 @@ class Head:
             self.transformer_within = float(metadata["transformer_within"])
             self._labels: Array = np.eye(len(CLASSES), dtype=np.float32)[labels]
             self._weights_by_output: Array = np.ascontiguousarray(self._weights.T)
+            self._biases: list[float] = self._bias.tolist()
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ArtefactError(f"{artefact.id}: incomplete head ({error})") from error
         # Columns: three classes, then log(output tokens).
@@ -183,30 +186,28 @@ class Head:
         """
         width = len(vector)
         row = np.concatenate((vector, described))
-        scores = (np.vecdot(self._weights_by_output, row) + self._bias).tolist()
+        scores = [*map(float.__add__, np.vecdot(self._weights_by_output, row).tolist(), self._biases)]
         highest = max(scores[:3])
         p = [math.exp(score - highest) for score in scores[:3]]
         total = sum(p)
         p = [share / total for share in p]
 
-        # As in `joined` and `placed`.
+        # As in `joined` and `placed`, but that lengths are taken into account where single numbers are left.
         row -= self._centre
         v, f = row[:width], row[width:]
-        f /= self._scale[width:]
+        f /= self._feature_scale
         np.minimum(np.maximum(f, -MAX_DEVIATION, out=f), MAX_DEVIATION, out=f)
-        v *= math.sqrt(VECTOR_SHARE) / max(math.sqrt(v.dot(v)), 1e-9)
-        f *= math.sqrt(1.0 - VECTOR_SHARE) / max(math.sqrt(f.dot(f)), 1e-9)
+        f *= _FEATURES_TO_VECTOR * max(math.sqrt(v.dot(v)), 1e-9) / max(math.sqrt(f.dot(f)), 1e-9)
         place = np.vecdot(self._axes, row)
-        place /= max(math.sqrt(place.dot(place)), 1e-9)
+        length = max(math.sqrt(place.dot(place)), 1e-9)
         likeness = np.einsum("ji,j->i", self._labelled_by_axis, place)
 
         nearest = int(likeness.argmax())
-        best = float(likeness[nearest])
-        similarity = best if described[_NON_LATIN] <= MAX_NON_LATIN else -1.0
+        best = likeness.item(nearest) / length
+        similarity = best if described.item(_NON_LATIN) <= MAX_NON_LATIN else -1.0
         say = min((similarity - NEAR) / (SAME - NEAR), 1.0)
         if say > 0.0:
-            likeness -= best
-            likeness *= SHARPNESS
+            likeness *= SHARPNESS / length
             votes = (np.exp(likeness, out=likeness) @ self._labels).tolist()
             total = sum(votes)
             p = [(1.0 - say) * own + say * near / total for own, near in zip(p, votes, strict=True)]
