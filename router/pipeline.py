@@ -40,11 +40,14 @@ log = logging.getLogger("farthing")
 
 @dataclass(frozen=True, slots=True)
 class Inbound:
-    """A request as it came in. Header names are lower case; `loopback` is about the peer's address."""
+    """A request as it came in. Header names are lower case; `key` is the hash of the caller's key
+    (`Admission.hashed`), `loopback` is about the peer's address.
+    """
 
     request_id: str
     endpoint: str
     headers: Mapping[str, str]
+    key: str | None
     body: bytes
     loopback: bool
 
@@ -106,7 +109,7 @@ class Pipeline:
     async def _admit(self, inbound: Inbound) -> Exchange:
         self.admission.check_room()
         opened_at, started = self.clock.now(), self.clock.monotonic()
-        caller = await self.admission.caller(inbound.headers.get("authorization"), inbound.loopback)
+        caller = await self.admission.caller(inbound.key, inbound.loopback)
         wishes = read_wishes(inbound.headers)
         request = normalise_chat(inbound.body)
         snapshot = self.configuration()

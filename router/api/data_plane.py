@@ -25,6 +25,7 @@ from router.core.errors import (
 )
 from router.core.openai_wire import error_frame
 from router.core.ports import Clock, Identifiers, Snapshot
+from router.core.types import Caller
 from router.pipeline import Inbound, Pipeline
 from router.stages.admit import Admission
 from router.stages.feedback import MAX_BODY as MAX_FEEDBACK_BODY
@@ -128,7 +129,9 @@ class DataPlane:
         try:
             route, argument = _route(scope["path"])
             if scope["method"] not in route.methods:
-                raise MethodNotAllowed(f"{route.path} takes {' or '.join(route.methods)}.")
+                refusal = MethodNotAllowed(f"{route.path} takes {' or '.join(route.methods)}.")
+                refusal.allowed = route.methods
+                raise refusal
             await self._handlers[route.path](scope, receive, reply, argument)
         except RequestError as error:
             self._telemetry.refused(error.code)
@@ -150,9 +153,10 @@ class DataPlane:
         headers = _headers(scope)
         # Before a byte of the body is kept: nobody without a key, and no flood, fills the memory.
         self._admission.check_room()
-        await self._admission.caller(headers.get("authorization"), _is_loopback(scope))
+        key, loopback = self._admission.hashed(headers.get("authorization")), _is_loopback(scope)
+        await self._admission.caller(key, loopback)
         body = await _read_body(headers, receive, self._max_body)
-        inbound = Inbound(reply.request_id, "chat.completions", headers, body, _is_loopback(scope))
+        inbound = Inbound(reply.request_id, "chat.completions", headers, key, body, loopback)
         async with _Leaving(receive), self._pipeline.answer(inbound) as answer:
             if answer.content_type == "application/json":
                 whole = b"".join([frame async for frame in answer.frames])
@@ -165,14 +169,14 @@ class DataPlane:
 
     async def _give_feedback(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
         headers = _headers(scope)
-        caller = await self._admission.caller(headers.get("authorization"), _is_loopback(scope))
+        caller = await self._caller(headers, scope)
         body = await _read_body(headers, receive, min(MAX_FEEDBACK_BODY, self._max_body))
         score = await self._feedback.give(caller, body)
         await reply.json(200, {"request_id": score.request_id, "score": score.score, "stored": True})
 
     async def _judge_hit(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
         headers = _headers(scope)
-        caller = await self._admission.caller(headers.get("authorization"), _is_loopback(scope))
+        caller = await self._caller(headers, scope)
         body = await _read_body(headers, receive, min(MAX_FEEDBACK_BODY, self._max_body))
         verdict, judged = await self._cache_feedback.give(caller, body)
         said = {
@@ -210,9 +214,13 @@ class DataPlane:
     async def _render_metrics(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
         await reply.whole(200, "text/plain; version=0.0.4; charset=utf-8", {}, self._metrics())
 
+    async def _caller(self, headers: Mapping[str, str], scope: Scope) -> Caller:
+        key = self._admission.hashed(headers.get("authorization"))
+        return await self._admission.caller(key, _is_loopback(scope))
+
     async def _names(self, scope: Scope) -> list[str]:
         headers = _headers(scope)
-        caller = await self._admission.caller(headers.get("authorization"), _is_loopback(scope))
+        caller = await self._caller(headers, scope)
         snapshot = self._configuration()
         policy = snapshot.resolve(caller.team, caller.app, caller.tags, self._clock.now())
         aliases = [name for name, target in snapshot.aliases.items() if target in policy.allow]
@@ -232,7 +240,7 @@ class _Reply:
         self, status: int, content_type: str, headers: Mapping[str, str], length: int | None = None
     ) -> None:
         raw = [
-            (b"content-type", content_type.encode("latin-1")),
+            (b"content-type", _safe(content_type)),
             (b"x-request-id", self.request_id.encode("ascii")),
         ]
         if length is not None:

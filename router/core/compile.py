@@ -40,7 +40,7 @@ from router.core.policy import (
     ProviderSpec,
     Timeouts,
 )
-from router.core.pricing import every_bucket, nano, rounded_price
+from router.core.pricing import every_bucket, rounded_price
 from router.core.schema import (
     DAYS,
     BudgetEntry,
@@ -58,7 +58,7 @@ from router.core.schema import (
     Settings,
     TimeWindow,
 )
-from router.core.types import NANO_PER_USD, PROMPT_CLASSES, NanoUSD, PriceRecord
+from router.core.types import NANO_PER_USD, PROMPT_CLASSES, NanoUSD, PriceRecord, nano
 
 SHOWN_REQUIREMENTS: Mapping[str, ClassRequirement] = MappingProxyType(
     {

@@ -26,6 +26,8 @@ DEFAULT_OUTPUT_TOKENS = 256
 Reason = Literal["named", "cheapest", "best", "probe", "budget_downgrade"]
 
 _UNKNOWN = LiveStatus()
+_ZERO = Decimal(0)
+_NO_REQUIREMENT = ClassRequirement(_ZERO)
 
 # Where each class lies on the scale of difficulty: the middle of its third.
 _CLASS_CENTRES: tuple[tuple[str, float], ...] = (("simple", 1 / 6), ("medium", 1 / 2), ("complex", 5 / 6))
@@ -225,8 +227,8 @@ def _automatic(
     max_attempts: int,
     floor: Floor | None,
 ) -> Plan | NoPlan:
-    requirement = policy.classes.get(question.prompt_class or "medium", ClassRequirement(Decimal(0)))
-    minimum = max(requirement.min_quality, question.min_quality or Decimal(0))
+    requirement = policy.classes.get(question.prompt_class or "medium", _NO_REQUIREMENT)
+    minimum = max(requirement.min_quality, question.min_quality or _ZERO)
     good: list[str] = []
     slow: list[str] = []
     for name in feasible:

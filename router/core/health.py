@@ -129,20 +129,19 @@ class Health:
 
     def status(self, provider: str, model: str, now: float, conversation: str | None = None) -> LiveStatus:
         reason = self.unusable.get(provider, "")
-        available = not reason
-        breaker = self._breakers.get((provider, model))
-        if breaker is not None and not breaker.available(now):
-            available, reason = False, "its circuit breaker is open"
-        breaker = self._breakers.get((provider, ""))
-        if breaker is not None and not breaker.available(now):
-            available, reason = False, f"provider {provider} cannot be reached"
+        if self._breakers:  # of those that ever failed
+            breaker = self._breakers.get((provider, model))
+            if breaker is not None and not breaker.available(now):
+                reason = "its circuit breaker is open"
+            breaker = self._breakers.get((provider, ""))
+            if breaker is not None and not breaker.available(now):
+                reason = f"provider {provider} cannot be reached"
         latency = self._latency.get(model)
-        p95 = latency.p95(now) if latency is not None else None
         return LiveStatus(
-            available=available,
+            available=not reason,
             reason=reason,
-            first_token_p95=p95,
-            tokens_per_second=self.tokens_per_second(model),
+            first_token_p95=latency.p95(now) if latency is not None else None,
+            tokens_per_second=latency.rate if latency is not None else None,
             warm=conversation is not None and self._is_warm(conversation, model, now),
         )
 

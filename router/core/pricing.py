@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from decimal import ROUND_HALF_EVEN, Decimal
-from functools import lru_cache
 
 from router.core.types import (
     BUCKETS,
     INPUT_BUCKETS,
     NANO_PER_USD,
-    OUTPUT_BUCKETS,
     CostLine,
     NanoUSD,
     PriceRecord,
@@ -25,16 +23,6 @@ from router.core.types import (
 
 TOKENS_PER_UNIT = 1_000_000
 _SMALLEST_PRICE = Decimal("0.000000001")
-
-
-@lru_cache(maxsize=4096)
-def nano(usd: Decimal) -> NanoUSD:
-    """An amount in USD as nano-USD. Raises ValueError where it has more than nine decimals."""
-    scaled = usd * NANO_PER_USD
-    whole = int(scaled)
-    if whole != scaled:
-        raise ValueError(f"{usd} USD is not a whole number of nano-USD")
-    return NanoUSD(whole)
 
 
 def usd(amount: int) -> Decimal:
@@ -60,7 +48,7 @@ def price_usage(usage: Usage, price: PriceRecord) -> tuple[CostLine, ...]:
     """One line per bucket that holds tokens."""
     lines = []
     for bucket, quantity in usage.buckets():
-        unit, listed = nano(price.unit_prices[bucket]), nano(price.list_prices[bucket])
+        unit, listed = price.unit_nano[bucket], price.list_nano[bucket]
         lines.append(
             CostLine(
                 bucket=bucket,
@@ -77,7 +65,8 @@ def price_usage(usage: Usage, price: PriceRecord) -> tuple[CostLine, ...]:
 
 def cost_of(usage: Usage, price: PriceRecord) -> NanoUSD:
     """The total of the lines of `price_usage`."""
-    return NanoUSD(sum(divided(quantity * nano(price.unit_prices[b])) for b, quantity in usage.buckets()))
+    prices = price.unit_nano
+    return NanoUSD(sum(divided(quantity * prices[bucket]) for bucket, quantity in usage.buckets()))
 
 
 def total(lines: Iterable[CostLine]) -> NanoUSD:
@@ -96,12 +85,12 @@ def estimate_cost(
 
     `marginal`: what the request adds where the machine is already paid for; decides, never books.
     """
-    prices = price.marginal_prices if marginal else price.unit_prices
+    prices = price.marginal_nano if marginal else price.unit_nano
     cached = min(cached_tokens, input_tokens)
     return divided(
-        (input_tokens - cached) * nano(prices["input"])
-        + cached * nano(prices["input_cached"])
-        + output_tokens * nano(prices["output"])
+        (input_tokens - cached) * prices["input"]
+        + cached * prices["input_cached"]
+        + output_tokens * prices["output"]
     )
 
 
@@ -117,9 +106,7 @@ def worst_case(price: PriceRecord, input_bound: int, choices: int, max_output: i
     """The most one attempt can cost: the input's upper bound at the dearest input bucket plus `choices` answers of
     `max_output` tokens at the dearest output bucket, rounded up.
     """
-    dearest_input = max(nano(price.unit_prices[bucket]) for bucket in INPUT_BUCKETS)
-    dearest_output = max(nano(price.unit_prices[bucket]) for bucket in OUTPUT_BUCKETS)
-    product = input_bound * dearest_input + choices * max_output * dearest_output
+    product = input_bound * price.dearest_input + choices * max_output * price.dearest_output
     return NanoUSD(-(-product // TOKENS_PER_UNIT))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NewType
 
 from msgspec import Struct
@@ -20,6 +21,17 @@ from router.core.learning import Label
 
 NanoUSD = NewType("NanoUSD", int)
 NANO_PER_USD = 1_000_000_000
+
+
+@lru_cache(maxsize=4096)
+def nano(usd: Decimal) -> NanoUSD:
+    """An amount in USD as nano-USD. Raises ValueError where it has more than nine decimals."""
+    scaled = usd * NANO_PER_USD
+    whole = int(scaled)
+    if whole != scaled:
+        raise ValueError(f"{usd} USD is not a whole number of nano-USD")
+    return NanoUSD(whole)
+
 
 PromptClass = Literal["simple", "medium", "complex"]
 PROMPT_CLASSES: tuple[PromptClass, ...] = ("simple", "medium", "complex")
@@ -81,7 +93,7 @@ INPUT_BUCKETS = BUCKETS[:5]
 OUTPUT_BUCKETS = BUCKETS[5:]
 
 
-class PriceRecord(Struct, frozen=True):
+class PriceRecord(Struct, frozen=True, dict=True):
     """What one model costs from `effective_from` on. Immutable: a change is a new record with a new id.
 
     `unit_prices` (billed) and `list_prices` (before a contract's discount) hold USD per million tokens for
@@ -98,6 +110,28 @@ class PriceRecord(Struct, frozen=True):
     marginal_prices: Mapping[str, Decimal]
     source: str
     contract: str | None = None
+
+    # The same prices in nano-USD per million tokens, worked out once: a request asks for some thirty of them.
+
+    @cached_property
+    def unit_nano(self) -> Mapping[str, NanoUSD]:
+        return {bucket: nano(price) for bucket, price in self.unit_prices.items()}
+
+    @cached_property
+    def list_nano(self) -> Mapping[str, NanoUSD]:
+        return {bucket: nano(price) for bucket, price in self.list_prices.items()}
+
+    @cached_property
+    def marginal_nano(self) -> Mapping[str, NanoUSD]:
+        return {bucket: nano(price) for bucket, price in self.marginal_prices.items()}
+
+    @cached_property
+    def dearest_input(self) -> NanoUSD:
+        return max(self.unit_nano[bucket] for bucket in INPUT_BUCKETS)
+
+    @cached_property
+    def dearest_output(self) -> NanoUSD:
+        return max(self.unit_nano[bucket] for bucket in OUTPUT_BUCKETS)
 
 
 class CostLine(Struct, frozen=True):

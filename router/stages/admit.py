@@ -58,11 +58,16 @@ class Admission:
         if self.in_flight >= self._max_in_flight:
             raise Overloaded("The gateway is at its limit of requests in flight. Try again.", retry_after=1)
 
-    async def caller(self, authorization: str | None, loopback: bool) -> Caller:
-        """Raises NotAuthenticated where the key is missing, malformed, unknown or revoked."""
+    def hashed(self, authorization: str | None) -> str | None:
+        """The hash of the key in this header; None where it holds none."""
         key = _bearer(authorization)
-        if key is not None:
-            hashed = key_hash(self._secret, key)
+        return key_hash(self._secret, key) if key is not None else None
+
+    async def caller(self, hashed: str | None, loopback: bool) -> Caller:
+        """`hashed`: see the method of this name. Raises NotAuthenticated where the key is missing, malformed, unknown
+        or revoked.
+        """
+        if hashed is not None:
             try:
                 found = self._keys.find(hashed) or await self._keys.find_new(hashed)
             except UnavailableError:
@@ -74,7 +79,7 @@ class Admission:
                 return found
         if self._open_team is not None and loopback:
             return Caller("demo", self._open_team)
-        if key is None:
+        if hashed is None:
             raise NotAuthenticated("No API key. Send it as 'Authorization: Bearer KEY'.")
         raise NotAuthenticated(
             "This API key is not known here, or was revoked. Create one with 'farthing keys create', or adopt "

@@ -19,6 +19,7 @@ from router.stages.exchange import Exchange, serving
 # How an answer travels and who asks do not change what it says.
 _OUTSIDE_KEY = ("stream", "stream_options", "user", "metadata", "model", "safety_identifier")
 _JITTER = 0.1
+_canonical_text = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def scope_of(exchange: Exchange, request: object) -> str:
         "cost": wishes.max_cost,
         "request": request,
     }
-    return json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return _canonical_text(parts)
 
 
 def keyed(secret: bytes, text: str) -> str:

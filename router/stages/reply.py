@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from router.core.openai_wire import StreamTap, json_to_sse, sse_to_json
 from router.core.ports import CallBegun
-from router.core.pricing import usd
-from router.core.types import ChatRequest, NanoUSD
+from router.core.types import NANO_PER_USD, ChatRequest, NanoUSD
 from router.stages.exact import StoredAnswer
 from router.stages.exchange import Exchange
 
@@ -129,9 +128,9 @@ def _share(probability: float) -> str:
 
 
 def _usd(amount: NanoUSD) -> str:
-    """Exact, without an exponent and without zeros at the end."""
-    text = f"{usd(amount):.9f}"
-    return text.rstrip("0").rstrip(".")
+    """Exact, without an exponent and without zeros at the end. What an answer costs is never negative."""
+    whole, rest = divmod(amount, NANO_PER_USD)
+    return f"{whole}.{rest:09d}".rstrip("0") if rest else str(whole)
 
 
 async def _once(body: bytes) -> AsyncIterator[bytes]:

@@ -242,7 +242,8 @@ class Rig:
     ) -> Inbound:
         body = {"model": "first", "messages": [{"role": "user", "content": "hi"}], **fields}
         sent = {"authorization": f"Bearer {team}", **(headers or {})}
-        return Inbound(self.ids.request_id(), "chat.completions", sent, json.dumps(body).encode(), True)
+        key = self.admission.hashed(sent.get("authorization"))
+        return Inbound(self.ids.request_id(), "chat.completions", sent, key, json.dumps(body).encode(), True)
 
     async def ask(
         self, team: str = "search", headers: Mapping[str, str] | None = None, **fields: Any

@@ -14,14 +14,13 @@ from router.core.pricing import (
     divided,
     estimate_cost,
     every_bucket,
-    nano,
     output_bound,
     price_usage,
     total,
     usd,
     worst_case,
 )
-from router.core.types import BUCKETS, PriceRecord, Usage
+from router.core.types import BUCKETS, PriceRecord, Usage, nano
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -37,7 +37,8 @@ from router.adapters.sql.schema import (
 )
 from router.adapters.sql.spend import journalled_ids
 from router.core.learning import OWN_CALLS
-from router.core.pricing import divided, nano
+from router.core.pricing import divided
+from router.core.types import nano
 
 BATCH = 1000
 _SUM_COLUMNS = ("cost", "baseline", "routing_savings", "cache_savings", "overhead")
