@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
+import os
 import random
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from classifiers.classifier import Classifier
@@ -75,6 +78,27 @@ log = logging.getLogger("farthing")
 BUDGET_WATCH_SECONDS = 10.0
 
 
+def _only_one(data: Path) -> int:
+    """Locks the data folder, for as long as the descriptor is open: without Redis each gateway would count budgets
+    of its own. Raises ConfigurationError where another one holds it.
+    """
+    try:
+        descriptor = os.open(data / "gateway.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigurationError(
+            f"FARTHING_DATA_DIR: the folder {data} cannot be written ({error.strerror})."
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise ConfigurationError(
+            f"Another gateway serves from the data folder {data}, and budgets are counted in its memory. End it, "
+            "name another folder in FARTHING_DATA_DIR, or set FARTHING_REDIS_URL, which both then share."
+        ) from None
+    return descriptor
+
+
 class Gateway:
     """One worker. It raises ConfigurationError where it could not serve truthfully.
 
@@ -104,6 +128,7 @@ class Gateway:
             log.warning("%s", warning)
         self._missing.remove("configuration")
 
+        self._alone = _only_one(settings.data) if settings.redis_url is None else None
         self._engine = open_engine(settings.database_url)
         # Reports may take long: they have connections of their own, and none before the first.
         self._admin_engine = open_engine(settings.database_url)
@@ -307,6 +332,8 @@ class Gateway:
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._engine.dispose()
         self._admin_engine.dispose()
+        if self._alone is not None:
+            os.close(self._alone)
 
     def missing(self) -> list[str]:
         """What `/readyz` waits for; providers and Redis are not among it."""

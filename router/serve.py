@@ -15,11 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from http import HTTPStatus
 from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from router.api.errors import error_body
 from router.core.errors import ConfigurationError
 from router.settings import Settings, collect_metrics_in, read_settings, worker_environment
 
@@ -28,6 +30,9 @@ log = logging.getLogger("farthing")
 BACKLOG = 2048
 DRAIN_SECONDS = 30
 RESTART_PAUSE = 1.0
+MAX_HEAD = 64 * 1024
+"""Bytes of a request's head."""
+_CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -76,16 +81,27 @@ def _run(worker: Coroutine[Any, Any, None]) -> None:
 
 
 class _JoinedTransport:
-    """Sends the head of an answer together with the first of its body: one system call less, one packet less."""
+    """Sends the head of an answer together with the first of its body: one system call less, one packet less.
 
-    __slots__ = ("_head", "_loop", "_transport")
+    `old_client`: it speaks HTTP/1.0, which knows no chunks; the end of an answer of unknown length is that of the
+    connection.
+    """
+
+    __slots__ = ("_head", "_loop", "_transport", "_unchunks", "old_client")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._head = b""
+        self._unchunks = False
+        self.old_client = False
 
     def write(self, data: bytes) -> None:
+        if self._unchunks:
+            size, _, rest = data.partition(b"\r\n")
+            data = rest[: int(size or b"0", 16)]
+        elif self.old_client and data.endswith(_CHUNKED):
+            data, self._unchunks = data.removesuffix(_CHUNKED) + b"\r\n", True
         if self._head:
             data, self._head = self._head + data, b""
         elif data.startswith(b"HTTP/1.1 ") and data.endswith(b"\r\n\r\n"):
@@ -108,8 +124,49 @@ class _JoinedTransport:
 
 
 class _Protocol(HttpToolsProtocol):
+    """httptools bounds neither heads nor trailers nor what chunks say beside their bytes: all that is no body may be
+    MAX_HEAD and as much as the body.
+    """
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast("asyncio.Transport", _JoinedTransport(transport)))
+        self._joined = _JoinedTransport(transport)
+        self._spare = MAX_HEAD
+        super().connection_made(cast("asyncio.Transport", self._joined))
+
+    def on_message_begin(self) -> None:
+        self._spare = MAX_HEAD
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._joined.old_client = self.scope["http_version"] == "1.0"
+
+    def on_body(self, body: bytes) -> None:
+        self._spare += 2 * len(body)
+        super().on_body(body)
+
+    def data_received(self, data: bytes) -> None:
+        self._spare -= len(data)
+        super().data_received(data)
+        if self._spare < 0 and not self.transport.is_closing():
+            if "method" in self.scope:  # the head is through: an answer may be on its way
+                self.transport.close()
+            else:
+                self._refuse(
+                    431, f"The request's head is larger than {MAX_HEAD // 1024} KiB. Send fewer headers."
+                )
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "This is not a valid HTTP request.")
+
+    def _refuse(self, status: int, message: str) -> None:
+        body = error_body(message, "invalid_request_error", "invalid_request", None)
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode("ascii") + body)
+        self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -136,7 +193,6 @@ def _server(app: Any) -> _Server:
             date_header=True,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=DRAIN_SECONDS,
-            h11_max_incomplete_event_size=64 * 1024,
         )
     )
 

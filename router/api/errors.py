@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from router.core.errors import RequestError, UpstreamRejected
+from router.core.errors import MethodNotAllowed, RequestError, UpstreamRejected
+
+_KEYS = frozenset({"message", "type", "param", "code"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,7 @@ class ErrorAnswer:
 
 
 def error_answer(error: RequestError) -> ErrorAnswer:
-    """Status, headers and body of a refusal or failure. A provider's rejection keeps the provider's body."""
+    """Status, headers and body of a refusal or failure. A provider's rejection keeps the provider's words."""
     headers: dict[str, str] = {}
     if error.retry is not None:
         headers["x-should-retry"] = "true" if error.retry else "false"
@@ -25,14 +27,37 @@ def error_answer(error: RequestError) -> ErrorAnswer:
         headers["retry-after"] = str(max(0, round(error.retry_after)))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, MethodNotAllowed):
+        headers["allow"] = ", ".join(error.allowed)
     if isinstance(error, UpstreamRejected):
-        return ErrorAnswer(error.status, error.content_type, headers, error.body)
+        return _rejected(error, headers)
     return ErrorAnswer(
         error.status,
         "application/json",
         headers,
         error_body(error.message, error.type, error.code, error.param),
     )
+
+
+def _rejected(error: UpstreamRejected, headers: dict[str, str]) -> ErrorAnswer:
+    """The provider's own bytes where they are OpenAI's shape; else what they say, brought into it."""
+    try:
+        said = json.loads(error.body)
+    except (ValueError, RecursionError):
+        said = None
+    told = said.get("error", said) if isinstance(said, dict) else None
+    if isinstance(told, dict) and told is not said and told.keys() >= _KEYS:
+        return ErrorAnswer(error.status, error.content_type, headers, error.body)
+    fields = {key: told.get(key) for key in _KEYS} if isinstance(told, dict) else {}
+    message = fields.get("message") or (said.get("detail") if isinstance(said, dict) else None) or told
+    if not isinstance(message, str):
+        # A validator's list of faults (FastAPI, vLLM) reads as it is; a page or an empty body says nothing.
+        message = json.dumps(message) if message else "The provider refused the request and gave no reason."
+    kind, code, param = (
+        value if isinstance(value, str) else None for value in map(fields.get, ("type", "code", "param"))
+    )
+    body = error_body(message, kind or "invalid_request_error", code or "provider_rejected", param)
+    return ErrorAnswer(error.status, "application/json", headers, body)
 
 
 def internal_error() -> ErrorAnswer:

@@ -90,6 +90,8 @@ class MethodNotAllowed(RequestError):
 
     status = 405
     code = "method_not_allowed"
+    allowed: tuple[str, ...] = ()
+    """The methods that do."""
 
 
 class RequestTooLarge(RequestError):

@@ -4,6 +4,7 @@ where it cannot serve truthfully.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import re
@@ -341,6 +342,86 @@ def test_other_routes_and_methods(gateway: Gateway, method: str, path: str, stat
         answer = http.request(method, path)
     assert answer.status_code == status
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert ("allow" in answer.headers) == (status == 405)
+
+
+# -- connections --
+
+CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def flood(connection: socket.socket, more: bytes) -> None:
+    for _ in range(36_000_000 // len(more)):  # loopback does not buffer as much
+        connection.sendall(more)
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        (CHAT, b"x-many: of these\r\n" * 1000),
+        (CHAT + b"x-long: ", b"y" * 65536),
+        (b"GET /", b"z" * 65536),
+        (CHAT + b"transfer-encoding: chunked\r\n\r\n0\r\n", b"x-trailer: of many\r\n" * 1000),
+        (CHAT + b"transfer-encoding: chunked\r\n\r\n", b"1;" + b"e" * 65000 + b"\r\nx\r\n"),
+    ],
+    ids=["headers", "one-header", "url", "trailers", "chunk-extensions"],
+)
+def test_what_is_no_body_is_bounded(gateway: Gateway, start: bytes, more: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as connection:
+        connection.sendall(start)
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            flood(connection, more)
+
+
+def test_what_is_not_http_is_told_so_in_openais_shape(gateway: Gateway) -> None:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as connection:
+        connection.sendall(b"no http\r\n\r\n")
+        answer = until_closed(connection)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert "message" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_old_client_gets_no_chunks(gateway: Gateway, unique: Unique, stream: bool) -> None:
+    message = {"role": "user", "content": unique("Hi")}
+    body = json.dumps({"model": "small", "messages": [message], "stream": stream}).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.0\r\nauthorization: Bearer {gateway.key('search')}\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as connection:
+        connection.sendall(head.encode() + body)
+        told, _, answer = until_closed(connection).partition(b"\r\n\r\n")
+    assert b"HTTP/1.1 200 OK" in told
+    assert b"transfer-encoding" not in told
+    if stream:
+        events = answer.split(b"\n\n")
+        assert events[-2:] == [b"data: [DONE]", b""]
+        assert all(json.loads(event.removeprefix(b"data: ")) for event in events[:-2])
+    else:
+        assert json.loads(answer)["choices"]
+
+
+def test_one_gateway_without_redis_to_a_data_folder(start_gateway: StartGateway, tmp_path: Path) -> None:
+    gateway = start_gateway()
+    second = subprocess.run(
+        [sys.executable, "-m", "router.cli", "serve", "--config", str(gateway.config), "--port", "0"],
+        env={**gateway.environment, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert second.returncode == 2, second.stderr
+    assert "Another gateway serves from the data folder" in second.stderr
+    assert gateway.chat(gateway.key("search"), "Hi").status_code == 200
 
 
 # -- injection --

@@ -73,12 +73,45 @@ def test_every_refusal_is_documented_and_lives_in_one_tree() -> None:
         assert kind.__doc__, name
 
 
-def test_a_providers_rejection_keeps_its_body() -> None:
-    answer = error_answer(
-        UpstreamRejected(422, b'{"error":{"message":"no"}}', "application/json; charset=utf-8")
-    )
-    assert (answer.status, answer.body) == (422, b'{"error":{"message":"no"}}')
+def test_a_providers_rejection_in_openais_shape_keeps_its_bytes() -> None:
+    body = b'{"error": {"message":"no","type":"t","param":null,"code":null,"more":1}, "id":7}'
+    answer = error_answer(UpstreamRejected(422, body, "application/json; charset=utf-8"))
+    assert (answer.status, answer.body) == (422, body)
     assert answer.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "code"),
+    [
+        (b'{"error":{"message":"no","code":"too_much"}}', "no", "too_much"),
+        (b'{"error":{"message":"no","code":7}}', "no", "provider_rejected"),
+        (b'{"error":"model not found"}', "model not found", "provider_rejected"),
+        (
+            b'{"object":"error","message":"too long","type":"BadRequestError"}',
+            "too long",
+            "provider_rejected",
+        ),
+        (b'{"detail":"Not here"}', "Not here", "provider_rejected"),
+        (
+            b'{"detail":[{"loc":["n"],"msg":"a number"}]}',
+            '[{"loc": ["n"], "msg": "a number"}]',
+            "provider_rejected",
+        ),
+        (b"<html>Bad Request</html>", None, "provider_rejected"),
+        (b"", None, "provider_rejected"),
+        (b"[1]", None, "provider_rejected"),
+        (b"[" * 100_000, None, "provider_rejected"),
+    ],
+)
+def test_what_a_provider_says_otherwise_is_brought_into_openais_shape(
+    body: bytes, message: str | None, code: str
+) -> None:
+    answer = error_answer(UpstreamRejected(400, body, "text/html; charset=\u4f60"))
+    assert (answer.status, answer.content_type) == (400, "application/json")
+    error = json.loads(answer.body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] == (message or "The provider refused the request and gave no reason.")
+    assert error["code"] == code
 
 
 def test_a_fault_of_ours_says_nothing_of_its_cause() -> None:
