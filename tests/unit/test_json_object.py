@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.core.errors import InvalidRequest
-from router.core.json_object import MAX_DEPTH, edit, parse_object
+from router.core.json_object import MAX_DEPTH, MAX_DIGITS, MAX_FIELDS, MAX_VALUES, edit, parse_object
 
 _scalars = (
     st.none()
@@ -156,6 +158,11 @@ def test_anything_is_parsed_or_refused(raw: bytes) -> None:
         (b'{"a":' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}", "too_deep"),
         (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), "too_deep"),
         (b'{"a":' + b"[" * 200_000, "too_deep"),
+        (b'{"a":[' + b"1," * MAX_VALUES + b"1]}", "too_many_values"),
+        (b'{"a":[' + b"{}," * MAX_VALUES + b"{}]}", "too_many_values"),
+        (b'{"a":' + b'"" ' * 2 * MAX_VALUES + b"}", "invalid_json"),
+        (b'{"a":' + b"]" * MAX_VALUES + b"}", "invalid_json"),
+        (b'{"a":1.' + b"0" * MAX_DIGITS + b"}", "invalid_json"),
     ],
 )
 def test_bad_bodies(raw: bytes, code: str) -> None:
@@ -178,6 +185,50 @@ def test_as_deep_as_allowed_is_allowed() -> None:
 
 def test_brackets_in_strings_are_not_depth() -> None:
     assert parse_object(json.dumps({"a": "[{" * 500, "b": '\\"[' * 100}).encode()).values["a"] == "[{" * 500
+
+
+def fields(number: int) -> bytes:
+    return json.dumps({f"k{i}": i for i in range(number)}).encode()
+
+
+def test_fields_at_the_top_level_are_limited() -> None:
+    assert len(parse_object(fields(MAX_FIELDS)).values) == MAX_FIELDS
+    with pytest.raises(InvalidRequest) as caught:
+        parse_object(fields(MAX_FIELDS + 1))
+    assert caught.value.code == "too_many_fields"
+
+
+def test_commas_in_strings_are_not_values() -> None:
+    assert parse_object(json.dumps({"a": "1,2]" * MAX_VALUES}).encode()).values["a"].count(",") == MAX_VALUES
+
+
+def test_as_many_values_as_allowed_are_allowed() -> None:
+    items = MAX_VALUES - 2
+    assert len(parse_object(b'{"a":[' + b"1," * (items - 1) + b"1]}").values["a"]) == items
+
+
+_LONG = 4_000_000
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"a":1' + b" " * _LONG + b"}",
+        b" " * _LONG + b'{"a":1}',
+        b'{"a":[' + b"[]," * _LONG + b"1]}",
+        b'{"a":["' + b'[["' * (_LONG // 5) + b'"]}',
+        b"{" + b",".join(b'"%d":1' % i for i in range(_LONG // 10)) + b"}",
+        b'{"a":{' + b",".join(b'"%d":1' % i for i in range(100_000)) + b',"99999":1}}',
+        b'{"a":1.' + b"1" * _LONG + b"}",
+        b'{"a":[' + b"9" * 990 + (b"," + b"9" * 990) * (_LONG // 1000) + b"]}",
+    ],
+    ids=["blanks", "blanks first", "lists", "escaped quotes", "fields", "a duplicate", "a number", "numbers"],
+)
+def test_no_body_costs_more_than_its_length(raw: bytes) -> None:
+    before = time.thread_time()
+    with suppress(InvalidRequest):
+        parse_object(raw)
+    assert time.thread_time() - before < 0.5, "4 MB: a step of Python for each character takes longer"
 
 
 @pytest.mark.parametrize("digits", [5_000, 100_000])
