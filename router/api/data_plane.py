@@ -25,12 +25,11 @@ from router.core.errors import (
 )
 from router.core.openai_wire import error_frame
 from router.core.ports import Clock, Identifiers, Snapshot
-from router.core.types import Caller
+from router.core.types import AUTO, Caller
 from router.pipeline import Inbound, Pipeline
 from router.stages.admit import Admission
 from router.stages.feedback import MAX_BODY as MAX_FEEDBACK_BODY
 from router.stages.feedback import CacheFeedback, Feedback
-from router.stages.normalise import AUTO
 from router.stages.telemetry import Telemetry
 
 log = logging.getLogger("farthing")

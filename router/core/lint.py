@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from router.core.catalogue import Catalogue
 from router.core.compile import CompiledSnapshot, compile_files, midnight
@@ -25,7 +27,7 @@ from router.core.schema import (
     shown,
     typed,
 )
-from router.core.types import PROMPT_CLASSES, PriceRecord
+from router.core.types import AUTO, PROMPT_CLASSES, PriceRecord
 
 PROVIDERS_FILE = "providers.yaml"
 POLICY_FILE = "policy.yaml"
@@ -82,6 +84,18 @@ def _loaded(snapshot: CompiledSnapshot | None, problems: Sequence[Problem], file
 # -- errors -----------------------------------------------------------------------------------------------------
 
 
+def _in_the_open(url: str) -> bool:
+    """Whether it is plain HTTP to a host that is not evidently of one's own network."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme != "http" or not {".", ":"} & {*host}:
+        return False
+    try:
+        return ip_address(host).is_global
+    except ValueError:
+        return not host.endswith((".local", ".internal", ".localhost", ".svc", ".lan"))
+
+
 def _provider_problems(document: Document, providers: ProvidersFile) -> Iterator[Problem]:
     if not providers.providers:
         yield document.problem(
@@ -89,8 +103,20 @@ def _provider_problems(document: Document, providers: ProvidersFile) -> Iterator
         )
     if not providers.models:
         yield document.problem(("models",), "no model is configured", "add at least one model")
+    for name, provider in providers.providers.items():
+        if provider.api_key_env is not None and _in_the_open(provider.base_url or ""):
+            yield document.problem(
+                ("providers", name, "base_url"),
+                "the provider's key would cross the network unencrypted",
+                "write https://",
+                "warning",
+            )
     for name, model in providers.models.items():
         path: Path = ("models", name)
+        if name == AUTO:
+            yield document.problem(
+                path, f"{AUTO} is what callers say to let the gateway choose", "name the model otherwise"
+            )
         if model.provider not in providers.providers:
             yield document.problem(
                 (*path, "provider"),

@@ -34,6 +34,9 @@ from router.core.document import Document, Problem, dotted
 CAPABILITIES = frozenset({"tools", "json_schema", "vision", "audio", "file"})
 """What a request can need of a model beyond text (`stages/normalise.py` finds them).
 """
+LONGEST_CALL = 900.0
+"""Seconds; budgets keep a hold as long."""
+_WRITTEN = frozenset({"model", "messages", "stream", "stream_options", "n"})
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 _NUMBER = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")
@@ -41,6 +44,10 @@ _DURATION = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?(ms|s|m|h|d)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+ -]{0,99}")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+/-]{0,199}")
+# What an API key can carry: a team or app of another name would never be met.
+_CALLER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+# What a caller may send in x-farthing-tags.
+_TAG = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}")
 _ENVIRONMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _SECRET_WORD = re.compile(r"(?i)(api_?key|secret|token|password|credential)")
@@ -126,6 +133,12 @@ def _share(value: object) -> Decimal:
         )
         raise wrong(f"{shown(text)} is above 1", f"write {hint}")
     return share
+
+
+def _part(value: object) -> Decimal:
+    if value == 1 or str(value).strip() == "1":
+        raise wrong("'1' can mean 1% or all of it", "write 1% or 100%")
+    return _share(value)
 
 
 def _whole(value: object) -> int:
@@ -302,6 +315,9 @@ def _url(value: object) -> str:
         raise wrong("the URL holds a user name or password", "remove it and name the key with api_key_env")
     if parts.scheme not in ("http", "https") or not host or not text.isprintable() or " " in text:
         raise wrong(f"{shown(text)} is not an http or https URL", example)
+    for path in ("/chat/completions", "/completions"):
+        if parts.path.rstrip("/").endswith(path):
+            raise wrong(f"the gateway adds {path} itself", f"end the URL before {path}")
     if parts.query or parts.fragment:
         raise wrong("the URL holds a query or fragment", "end it with the path, such as /v1")
     return text.rstrip("/")
@@ -332,6 +348,7 @@ def _json(kind: str | list[str], **extra: Any) -> WithJsonSchema:
 
 _NUMERIC: list[str] = ["number", "string"]
 Money = Annotated[Decimal, BeforeValidator(_money), _json(_NUMERIC, description="USD, exact")]
+Part = Annotated[Decimal, BeforeValidator(_part), _json(_NUMERIC, description="0.5 or 50%; not a bare 1")]
 Share = Annotated[Decimal, BeforeValidator(_share), _json(_NUMERIC, description="0.5 or 50%")]
 Whole = Annotated[int, BeforeValidator(_whole), _json(["integer", "string"])]
 Rate = Annotated[Decimal, BeforeValidator(_rate), _json(_NUMERIC)]
@@ -356,6 +373,16 @@ Name = Annotated[
     str,
     BeforeValidator(_matching(_NAME, "a name (letters, digits, . _ : @ + - and spaces)", "search")),
     _json("string"),
+]
+CallerName = Annotated[
+    str,
+    BeforeValidator(_matching(_CALLER, "a name that a key can carry (letters, digits, . _ -)", "search")),
+    _json("string", pattern=f"^{_CALLER.pattern}$"),
+]
+TagName = Annotated[
+    str,
+    BeforeValidator(_matching(_TAG, "a tag (a-z, 0-9, _ . -)", "pii")),
+    _json("string", pattern=f"^{_TAG.pattern}$"),
 ]
 ModelName = Annotated[
     str, BeforeValidator(_matching(_MODEL_NAME, "a model's name", "gpt-4o")), _json("string")
@@ -403,6 +430,13 @@ class TimeoutsEntry(Entry):
     first_token: Duration = 60.0
     idle: Duration = 60.0
     total: Duration = 600.0
+
+    @model_validator(mode="after")
+    def _held(self) -> TimeoutsEntry:
+        if self.total > LONGEST_CALL:
+            # What a request may cost is held that long in its budgets.
+            raise wrong("a call may take 15 minutes at most", "write total: 15m or less")
+        return self
 
 
 class ProviderEntry(Entry):
@@ -508,6 +542,12 @@ class ModelEntry(Entry):
     price: Price | None = None
     quality: Quality | None = None
 
+    @model_validator(mode="after")
+    def _renames(self) -> ModelEntry:
+        for field in sorted(_WRITTEN & {*self.rename, *self.rename.values()}):
+            raise wrong(f"{field} is the gateway's own and cannot be renamed", "remove it from rename")
+        return self
+
 
 class ProvidersFile(Entry):
     """providers.yaml: endpoints, the names of key variables, capabilities, prices and quality priors."""
@@ -574,11 +614,11 @@ class ClassesEntry(Entry):
 class CacheEntry(Entry):
     exact: Flag | None = None
     semantic: Semantic | None = None
-    max_error: Share | None = None
+    max_error: Part | None = None
     ttl: Duration | None = None
     scope: Scope | None = None
     quota: Size | None = None
-    check: Share | None = None
+    check: Part | None = None
 
 
 class Settings(Entry):
@@ -593,7 +633,7 @@ class Settings(Entry):
     when_nothing_meets: WhenNothingMeets | None = None
     on_unpriced_model: OnUnpricedModel | None = None
     cache: CacheEntry = CacheEntry()
-    advise: Share | None = None
+    advise: Part | None = None
 
     @model_validator(mode="after")
     def _some(self) -> Settings:
@@ -612,13 +652,13 @@ class ScopedSettings(Settings):
 
 class AppEntry(ScopedSettings):
     budget: BudgetEntry | None = None
-    tags: dict[FieldName, list[Name]] = {}
+    tags: dict[TagName, list[TagName]] = {}
 
 
 class TeamEntry(ScopedSettings):
     cost_center: Sentence | None = None
     budget: BudgetEntry | None = None
-    apps: dict[Name, AppEntry] = {}
+    apps: dict[CallerName, AppEntry] = {}
 
 
 class UnlistedTeamsEntry(ScopedSettings):
@@ -668,19 +708,28 @@ class When(Entry):
         extra="allow",
         json_schema_extra={
             "additionalProperties": False,
-            "patternProperties": {r"^tag\..+$": {"type": "array", "items": {"type": "string"}}},
+            "patternProperties": {
+                rf"^tag\.{_TAG.pattern}$": {
+                    "type": "array",
+                    "items": {"type": "string", "pattern": f"^{_TAG.pattern}$"},
+                }
+            },
         },
     )
-    __pydantic_extra__: dict[str, list[Name]]
+    __pydantic_extra__: dict[str, list[TagName]]
 
-    team: list[Name] | None = None
-    app: list[Name] | None = None
+    team: list[CallerName] | None = None
+    app: list[CallerName] | None = None
     time: Windows = []
 
     @model_validator(mode="after")
     def _known(self) -> When:
         for key, values in self.__pydantic_extra__.items():
-            if not key.startswith("tag.") or _FIELD.fullmatch(key[4:]) is None:
+            if key.startswith("tag.") and _TAG.fullmatch(key[4:].lower()) and key != key.lower():
+                raise wrong(
+                    f"callers send tags in lower case, {shown(key)} is never met", f"write {key.lower()}"
+                )
+            if not key.startswith("tag.") or _TAG.fullmatch(key[4:]) is None:
                 remedy = did_you_mean(key, ("team", "app", "time", f"tag.{key}"))
                 raise PydanticCustomError(
                     "farthing",
@@ -730,7 +779,7 @@ class ContractEntry(Entry):
 
     provider: Name
     models: list[ModelName] | None = None
-    discount: Share
+    discount: Part
     start: Day = Field(default=date(1970, 1, 1), alias="from")
     until: Day | None = None
     reference: Sentence
@@ -740,8 +789,8 @@ class ExceptionEntry(ScopedSettings):
     """The only thing that widens. `until` is the first day on which it no longer holds."""
 
     name: Sentence
-    team: Name
-    app: Name | None = None
+    team: CallerName
+    app: CallerName | None = None
     start: Day | None = Field(default=None, alias="from")
     until: Day
     reason: Sentence
@@ -761,7 +810,7 @@ class LearnEntry(Entry):
     `judge`: the model that compares them (none named: by agreement); `keep_prompts`: prompts are stored as well.
     """
 
-    shadow: Share = Decimal(0)
+    shadow: Part = Decimal(0)
     budget: LearnBudgetEntry | None = None
     judge: ModelName | None = None
     keep_prompts: Flag = False
@@ -785,7 +834,7 @@ class PolicyFile(Entry):
     learn: LearnEntry | None = None
     classes: ClassesEntry
     defaults: DefaultsEntry
-    teams: dict[Name, TeamEntry] = {}
+    teams: dict[CallerName, TeamEntry] = {}
     unlisted_teams: UnlistedTeamsEntry = UnlistedTeamsEntry()
     rules: list[RuleEntry] = []
     contracts: list[ContractEntry] = []
@@ -920,6 +969,8 @@ def _keys_at(schema: Mapping[str, Any], path: Sequence[str | int]) -> list[str]:
                 below.append(place["properties"][step])
             elif isinstance(place.get("additionalProperties"), dict):
                 below.append(place["additionalProperties"])
+            else:
+                below += place.get("patternProperties", {}).values()
         places = below
     return [key for place in _variants(schema, places) for key in place.get("properties", {})]
 

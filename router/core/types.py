@@ -38,6 +38,8 @@ PROMPT_CLASSES: tuple[PromptClass, ...] = ("simple", "medium", "complex")
 
 CacheOutcome = Literal["miss", "exact", "semantic"]
 RequestStatus = Literal["complete", "failed", "cut", "cancelled"]
+AUTO = "auto"
+"""The model's name by which a caller lets the gateway choose."""
 AttemptOutcome = Literal["complete", "failed", "timeout", "cut", "cancelled"]
 
 

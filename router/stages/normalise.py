@@ -13,9 +13,8 @@ from router.core.json_object import parse_object
 from router.core.policy import EffectivePolicy
 from router.core.ports import Snapshot
 from router.core.tokens import MESSAGE_OVERHEAD, estimate_tokens
-from router.core.types import Caller, ChatRequest, PriceRecord
+from router.core.types import AUTO, Caller, ChatRequest, PriceRecord
 
-AUTO = "auto"
 MAX_CHOICES = 128
 MAX_MODEL_NAME = 200
 MAX_PROMPT_CHARACTERS = 20_000

@@ -284,4 +284,41 @@ VARIANTS: tuple[Variant, ...] = (
         "answer longer than the context", PROVIDERS, "max_output: 8192", "max_output: 81920", "81920",
         "models.small-local.max_output", "above context 32768", "at most 32768",
     ),
+    Variant(
+        "tag value in capitals", POLICY, "when: { tag.data: [pii] }", "when: { tag.data: [PII] }", "PII",
+        "rules[0].when.tag.data[0]", "not a tag", "such as pii",
+    ),
+    Variant(
+        "tag in capitals", POLICY, "when: { tag.data: [pii] }", "when: { tag.Data: [pii] }", "when: { tag.Data",
+        "rules[0].when", "lower case", "write tag.data",
+    ),
+    Variant(
+        "tag of an app in capitals", POLICY, "tags: { data: [contract] }", "tags: { data: [Contract] }", "Contract",
+        "teams.search.apps.legal.tags.data[0]", "not a tag", "such as pii",
+    ),
+    Variant(
+        "team no key can have", POLICY, "  search:", "  data science:", "data science",
+        "teams.data science", "not a name that a key can carry", "letters, digits",
+    ),
+    Variant(
+        "bare one as a bound", POLICY, "max_error: 1%", "max_error: 1", "1, ttl",
+        "defaults.cache.max_error", "can mean 1% or all", "write 1% or 100%",
+    ),
+    Variant(
+        "a call longer than a hold", PROVIDERS, "total: 300s", "total: 1h", "timeouts: {",
+        "providers.vllm-a.timeouts", "15 minutes at most", "write total: 15m or less",
+    ),
+    Variant(
+        "path of a call", PROVIDERS, "https://api.openai.com/v1", "https://api.openai.com/v1/chat/completions",
+        '"https://api.openai.com/v1/chat/completions"',
+        "providers.openai.base_url", "the gateway adds /chat/completions itself", "end the URL before",
+    ),
+    Variant(
+        "model called auto", PROVIDERS, "  gpt-4o:", "  auto:", "auto",
+        "models.auto", "let the gateway choose", "name the model otherwise",
+    ),
+    Variant(
+        "rename of the stream", PROVIDERS, "{ max_tokens: max_completion_tokens }", "{ max_tokens: stream }", "mini:",
+        "models.mini", "stream is the gateway's own", "remove it from rename",
+    ),
 )  # fmt: skip

@@ -478,3 +478,23 @@ def test_learning_that_does_nothing_or_cannot_be_bounded_is_warned_about() -> No
     medium = "medium:  { min_quality: 0.90,"
     found = loaded(unpriced, policy("{}", medium, "medium:  { cascade: { verify: free },"))
     assert "what checking costs is unknown; price it" in warning(found, "classes.medium.cascade.verify")
+
+
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [
+        ("http://api.example.com/v1", True),
+        ("http://93.184.216.34/v1", True),
+        ("http://[2606:2800:220:1::1]/v1", True),
+        ("https://api.example.com/v1", False),
+        ("http://127.0.0.1:8000/v1", False),
+        ("http://10.1.2.3:8000/v1", False),
+        ("http://vllm:8000/v1", False),
+        ("http://vllm.models.svc.cluster.local/v1", False),
+    ],
+)
+def test_a_key_that_would_cross_the_network_in_the_open_is_warned_about(url: str, warned: bool) -> None:
+    found = loaded(providers=PROVIDERS_TEXT.replace("https://api.openai.com/v1", url))
+    assert found.snapshot is not None
+    paths = {problem.path for problem in found.warnings}
+    assert ("providers.openai.base_url" in paths) is warned
