@@ -9,6 +9,7 @@ share, those of other workers as well; the request that started it books it, the
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -27,7 +28,7 @@ from router.stages.exact import ExactCache, StoredAnswer
 from router.stages.exchange import Exchange
 from router.stages.flight import Flight, Flights, Subscription, UsageFrame
 from router.stages.learn import Learn
-from router.stages.normalise import conversation_of, named_model, normalise_chat
+from router.stages.normalise import READ_AT_ONCE, named_model, read_chat
 from router.stages.reply import Answer, stored_answer, streamed_answer, whole_answer
 from router.stages.reserve import Reserve
 from router.stages.semantic import SemanticCache
@@ -78,7 +79,8 @@ class Pipeline:
     async def answer(self, inbound: Inbound) -> AsyncIterator[Answer]:
         """Raises RequestError before the first byte. After it, the answer's own frames tell how it ended."""
         exchange = await self._admit(inbound)
-        key = self.exact.key(exchange)
+        long = len(exchange.request.text) > READ_AT_ONCE
+        key = await asyncio.to_thread(self.exact.key, exchange) if long else self.exact.key(exchange)
         stored = await self.exact.find(key, exchange) if key is not None else None
         if stored is not None:
             yield await self._hit(exchange, stored)
@@ -111,7 +113,7 @@ class Pipeline:
         opened_at, started = self.clock.now(), self.clock.monotonic()
         caller = await self.admission.caller(inbound.key, inbound.loopback)
         wishes = read_wishes(inbound.headers)
-        request = normalise_chat(inbound.body)
+        request, conversation = await read_chat(inbound.body, caller)
         snapshot = self.configuration()
         policy = snapshot.resolve(caller.team, caller.app, merge_tags(caller.tags, wishes.tags), opened_at)
         reference, baseline_name, baseline_price = named_model(snapshot, policy, request, opened_at)
@@ -128,7 +130,7 @@ class Pipeline:
             reference=reference,
             baseline_name=baseline_name,
             baseline_price=baseline_price,
-            conversation=conversation_of(caller, request),
+            conversation=conversation,
             generation=self.book.invalidations.generation,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from datetime import datetime
@@ -18,6 +19,8 @@ from router.core.types import AUTO, Caller, ChatRequest, PriceRecord
 MAX_CHOICES = 128
 MAX_MODEL_NAME = 200
 MAX_PROMPT_CHARACTERS = 20_000
+READ_AT_ONCE = 64 * 1024
+"""Bytes of a body that is read on the event loop."""
 
 # Upper bounds for one image in tokens: the largest a well-known model family bills (gpt-4o-mini, high detail).
 IMAGE_BOUND = 50_000
@@ -28,6 +31,18 @@ MESSAGE_BOUND = 64
 # What every model takes, or the gateway itself writes anew. `n` counts where more than one choice is asked for.
 _STRUCTURAL = frozenset({"model", "messages", "stream", "stream_options"})
 _STANDARD_TIERS = (None, "auto", "default")
+
+
+async def read_chat(raw: bytes, caller: Caller) -> tuple[ChatRequest, str | None]:
+    """The request and its conversation, off the event loop where that takes milliseconds. See `normalise_chat`."""
+    if len(raw) > READ_AT_ONCE:
+        return await asyncio.to_thread(_read_chat, raw, caller)
+    return _read_chat(raw, caller)
+
+
+def _read_chat(raw: bytes, caller: Caller) -> tuple[ChatRequest, str | None]:
+    request = normalise_chat(raw)
+    return request, conversation_of(caller, request)
 
 
 def normalise_chat(raw: bytes) -> ChatRequest:

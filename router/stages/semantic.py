@@ -30,6 +30,7 @@ from router.stages.exact import StoredAnswer, canonical, fresh, keyed, origin_of
 from router.stages.exchange import Exchange
 from router.stages.judge import comparable, readable
 from router.stages.likeness import Likeness, Ranking, Stored, Vector
+from router.stages.normalise import READ_AT_ONCE
 from router.stages.signals import signals_of
 from router.stages.telemetry import Telemetry
 from router.stages.vector_index import VectorIndex
@@ -185,7 +186,10 @@ class LikenessCache:
     async def find(self, exchange: Exchange) -> Found | None:
         began = self._clock.monotonic()
         try:
-            inquiry = exchange.inquiry = inquire(exchange, self._secret, self._likeness.id)
+            long = len(exchange.request.text) > READ_AT_ONCE
+            asked = exchange, self._secret, self._likeness.id
+            inquiry = await asyncio.to_thread(inquire, *asked) if long else inquire(*asked)
+            exchange.inquiry = inquiry
             if inquiry is None or not exchange.wishes.read_cache:
                 return None
             self._state(exchange, inquiry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,8 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.core.errors import InvalidRequest
-from router.core.types import Caller
-from router.stages.normalise import IMAGE_BOUND, MESSAGE_BOUND, conversation_of, normalise_chat
+from router.core.types import Caller, ChatRequest
+from router.stages import normalise
+from router.stages.normalise import (
+    IMAGE_BOUND,
+    MESSAGE_BOUND,
+    READ_AT_ONCE,
+    conversation_of,
+    normalise_chat,
+    read_chat,
+)
 
 HELLO = [{"role": "user", "content": "hello"}]
 AT = datetime(2026, 11, 24, tzinfo=UTC)
@@ -200,3 +209,22 @@ def test_a_conversation_keeps_its_name_as_it_grows() -> None:
     other_start = conversation_of(Caller("k", "t"), normalise_chat(raw(messages=turns[1:])))
     assert len({name, other_team, other_start}) == 3
     assert conversation_of(Caller("k", "t"), normalise_chat(raw())) is None
+
+
+@pytest.mark.parametrize("long", [False, True])
+async def test_a_long_body_is_read_beside_the_event_loop(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    def noted(body: bytes) -> ChatRequest:
+        threads.append(threading.current_thread())
+        return normalise_chat(body)
+
+    monkeypatch.setattr(normalise, "normalise_chat", noted)
+    turns = [*HELLO, {"role": "assistant", "content": "x" * (READ_AT_ONCE if long else 10)}]
+    body = raw(messages=turns)
+    request, conversation = await read_chat(body, Caller("k", "t"))
+    assert request == normalise_chat(body)
+    assert conversation == conversation_of(Caller("k", "t"), request) is not None
+    assert (threads == [threading.current_thread()]) is not long
+    with pytest.raises(InvalidRequest):
+        await read_chat(body + b"}", Caller("k", "t"))
