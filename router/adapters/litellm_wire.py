@@ -9,6 +9,7 @@ import asyncio
 import importlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -360,7 +361,30 @@ def _arguments(call: UpstreamCall) -> dict[str, Any]:
     if foreign:
         names = ", ".join(name for name in foreign if _PLAIN_NAME.fullmatch(name)) or "with odd names"
         raise UpstreamError("status", f"the litellm wire does not carry the fields {names}", status=400)
-    return {name: value for name, value in body.items() if name in known}
+    arguments = {name: value for name, value in body.items() if name in known}
+    for name, value in arguments.items():
+        if not _writable(value):
+            raise UpstreamError(
+                "status",
+                f"'{name}' holds a number beyond a float's range or half a surrogate pair, which the litellm wire "
+                "does not carry",
+                status=400,
+            )
+    return arguments
+
+
+def _writable(value: object) -> bool:
+    """Whether litellm can write it as JSON again; a number beyond a float's range is infinite by now."""
+    if isinstance(value, dict):
+        return all(_writable(name) and _writable(item) for name, item in value.items())
+    if isinstance(value, list):
+        return all(map(_writable, value))
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _failure(error: Exception) -> UpstreamError:

@@ -400,6 +400,17 @@ async def test_fields_that_would_steer_litellm_are_refused(
     assert not route.called
 
 
+@pytest.mark.parametrize("value", [float("inf"), {"a": [-float("inf")]}, "half \ud83d", [{"\udc00": 1}]])
+async def test_what_cannot_be_written_again_is_refused(
+    wire: LitellmWire, providers: respx.MockRouter, value: object
+) -> None:
+    route = providers.post(ANTHROPIC).respond(json=ANTHROPIC_ANSWER)
+    with pytest.raises(UpstreamError, match="'tool_choice'") as caught:
+        await wire.send(call("anthropic/claude-sonnet-4-5", tool_choice=value))
+    assert (caught.value.kind, caught.value.status) == ("status", 400)
+    assert not route.called
+
+
 async def test_metadata_stays_here(wire: LitellmWire, providers: respx.MockRouter) -> None:
     route = providers.post(ANTHROPIC).respond(json=ANTHROPIC_ANSWER)
     await whole(wire, call("anthropic/claude-sonnet-4-5", metadata={"a": "b"}, store=True))
