@@ -8,10 +8,12 @@ and never with an invented end.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from router.core.decide import DEFAULT_OUTPUT_TOKENS
 from router.core.errors import (
     ContextExceeded,
     InvalidRequest,
@@ -41,6 +43,8 @@ LONGEST_WAIT = 2.0
 """Seconds a Retry-After is waited for; a longer one makes the next model answer at once."""
 FIRST_WAIT = 0.1
 CHARACTERS_PER_TOKEN = 4
+TOKENS_PER_SECOND = 100.0
+"""What a model is taken to write where no rate of it is known: more than most do, as budgets rest on it."""
 IDLE_SLACK = 0.25
 """Seconds a stream may be silent beyond its idle timeout, at most a tenth of it."""
 
@@ -404,7 +408,7 @@ class Dispatch:
         estimated: bool = False,
     ) -> None:
         """Appends the attempt with its cost. A call that never reached a provider, or that it refused, costs
-        nothing; one that was cut or left early is estimated from what was seen of it.
+        nothing; one that was cut or left early is estimated from what was seen of it, and from its time.
         """
         if usage is None:
             usage, estimated = self._usage(exchange, trial, error)
@@ -442,7 +446,25 @@ class Dispatch:
             error == "protocol" and (tap is None or not tap.content_frames)
         ):
             return Usage(), False
+        if not exchange.request.stream:
+            written = self._written_unseen(exchange, trial)
+            return Usage(input=exchange.request.input_tokens, output=written), True
         return self._estimate(exchange, tap.output_characters if tap is not None else 0), True
+
+    def _written_unseen(self, exchange: Exchange, trial: _Trial) -> int:
+        """About how many tokens a provider has written of a JSON answer whose end was not waited for: what the model
+        writes in that time after its first token, at least the forecast's share of it, at most what was held.
+        """
+        seconds = self._clock.monotonic() - trial.started
+        model = trial.model
+        first = model.expect_first_token or 0.0  # what was measured is a percentile, of late answers as well
+        rate = (
+            self._health.tokens_per_second(model.name) or model.expect_tokens_per_second or TOKENS_PER_SECOND
+        )
+        forecast = exchange.question.output_tokens if exchange.question is not None else DEFAULT_OUTPUT_TOKENS
+        whole = first + max(forecast, 1) / rate
+        written = math.ceil(max((seconds - first) * rate, forecast * min(seconds / whole, 1.0)))
+        return min(exchange.request.choices * written, self._output_held(exchange, trial))
 
     @staticmethod
     def _estimate(exchange: Exchange, output_characters: int) -> Usage:

@@ -186,7 +186,7 @@ def _open_record(exchange: Exchange) -> OpenRecord:
         budgets=exchange.windows,
         worst_case=exchange.worst_case,
         input_tokens=exchange.request.input_tokens,
-        output_tokens=exchange.question.output_tokens if exchange.question is not None else 0,
+        output_tokens=exchange.request.choices * exchange.question.output_tokens if exchange.question else 0,
         caller_request_id=exchange.wishes.caller_request_id,
     )
 

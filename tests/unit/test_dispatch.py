@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -19,7 +19,7 @@ from router.core.errors import (
     UpstreamRejected,
     UpstreamTimedOut,
 )
-from router.core.types import AttemptRecord
+from router.core.types import AttemptRecord, RequestRecord
 from router.stages.dispatch import RetryBudget
 from router.stages.flight import AHEAD
 from tests.unit.pipeline_parts import (
@@ -351,6 +351,78 @@ def test_retries_stay_within_their_share() -> None:
         budget.request()
         taken += budget.take()
     assert 195 <= taken <= 205
+
+
+# -- what is known of answers nobody saw --
+
+_LIVE = PROVIDERS.replace(
+    "second-1, context: 10000,",
+    "second-1, expect: { first_token: 2s, tokens_per_second: 50 }, context: 10000,",
+)
+
+
+async def _left(rig: Rig, seconds: float, team: str = "search", **fields: Any) -> RequestRecord:
+    """The row of a JSON call whose client leaves after so long."""
+    rig.wire.scripts = {"first": [Script(4.0, GOOD_ANSWER)], "second": [Script(4.0, GOOD_ANSWER)]}
+    asking = asyncio.create_task(rig.ask(team, **fields))
+    await eventually(lambda: rig.wire.replies)
+    rig.clock.advance(seconds)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    record = await eventually(lambda: rig.journal.settled and rig.journal.settled[0])
+    assert (record.status, record.estimated) == ("cancelled", True)
+    assert record.attempts[0].outcome == "cancelled"
+    return cast(RequestRecord, record)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "seconds", "measured", "output"),
+    [
+        ("first", {}, 0.0, None, 0),
+        ("first", {}, 1.5, None, 150),  # nothing is known: 100 a second from the start
+        ("first", {"n": 4}, 1.5, None, 600),
+        ("first", {}, 1.5, 40, 60),
+        ("second", {}, 10.0, None, 400),  # expect: 2 s, then 50 a second
+        ("second", {}, 6.0, 80, 320),
+        ("second", {}, 1.0, None, 36),  # before its end: the forecast's share, 256 tokens in 7.12 s
+        ("first", {"n": 2, "max_tokens": 70}, 3.0, None, 140),  # what was held
+        ("first", {}, 900.0, None, 1000),
+    ],
+)
+async def test_a_json_answer_nobody_waited_for_is_booked_by_its_time(
+    model: str, fields: dict[str, Any], seconds: float, measured: int | None, output: int
+) -> None:
+    rig = Rig(providers=_LIVE)
+    if measured is not None:
+        rig.health.rate(model, measured, 1.0)
+    record = await _left(rig, seconds, model=model, **fields)
+    assert record.usage.output == output
+    assert rig.journal.opened[0].output_tokens == 256 * fields.get("n", 1)  # were this process to die
+    assert record.cost is not None
+    assert record.cost <= record.worst_case
+    assert await rig.held() == 0
+
+
+async def test_short_timeouts_of_a_client_spend_a_hard_cap() -> None:
+    rig = Rig()
+    record = await _left(rig, 5.0, "capped", max_tokens=1_000)  # 500 tokens of 4 USD a million
+    assert record.usage.output == 500
+    spent = await rig.budgets.readings(record.budgets)
+    assert [reading.spent for reading in spent if reading.window.key == "team:capped"] == [record.cost]
+    assert (record.cost or 0) >= 2_000_000
+
+
+async def test_a_json_answer_that_is_late_is_booked_too() -> None:
+    rig = Rig(providers=PROVIDERS.replace("total: 5s", "total: 200ms"))
+    rig.wire.scripts["first"] = [Script(4.0, GOOD_ANSWER)]
+    asking = asyncio.create_task(rig.ask())
+    await eventually(lambda: rig.wire.replies)
+    rig.clock.advance(3.0)
+    await asking
+    late, _ = rig.record.attempts
+    assert (late.outcome, late.estimated, late.usage.output) == ("timeout", True, 300)
+    assert rig.record.overhead == late.cost
 
 
 # -- latency --
