@@ -113,7 +113,7 @@ def _keys_adopt(options: argparse.Namespace) -> int:
 def _keys_list(options: argparse.Namespace) -> int:
     from router.adapters.sql.keys import list_keys
 
-    entries = list_keys(_engine(read_settings()))
+    entries = list_keys(_engine(read_settings(reading=True)))
     rows = [
         {
             "id": entry.id,
@@ -137,7 +137,7 @@ def _keys_list(options: argparse.Namespace) -> int:
 def _keys_revoke(options: argparse.Namespace) -> int:
     from router.adapters.sql.keys import revoke_key
 
-    entry = revoke_key(_engine(read_settings()), options.id)
+    entry = revoke_key(_engine(read_settings(reading=True)), options.id)
     print(f"Key {entry.id} of team {entry.team} is revoked; running gateways refuse it within 5 seconds.")
     return 0
 
@@ -196,7 +196,7 @@ def _policy_explain(options: argparse.Namespace) -> int:
 def _policy_history(options: argparse.Namespace) -> int:
     from router.adapters.sql.policies import policy_history
 
-    versions = policy_history(_engine(read_settings()), options.limit)
+    versions = policy_history(_engine(read_settings(reading=True)), options.limit)
     if options.json:
         print(json.dumps([{"hash": v.hash, "loaded_at": v.loaded_at.isoformat()} for v in versions]))
         return 0
@@ -231,7 +231,7 @@ def _report(options: argparse.Namespace) -> int:
 
     if options.kind == "cache":
         return _cache_stats(options)
-    settings = read_settings(config=options.config)
+    settings = read_settings(config=options.config, reading=True)
     engine = _engine(settings)
     by = _names(options.by or "team,model")
     now = datetime.now(UTC)
@@ -257,7 +257,7 @@ def _report(options: argparse.Namespace) -> int:
 def _cache_stats(options: argparse.Namespace) -> int:
     from router import cache_command
 
-    settings = read_settings(config=options.config)
+    settings = read_settings(config=options.config, reading=True)
     sys.stdout.write(
         cache_command.stats(
             settings,
@@ -293,7 +293,7 @@ def _cache_invalidate(options: argparse.Namespace) -> int:
 def _cache_rules(options: argparse.Namespace) -> int:
     from router import cache_command
 
-    print(cache_command.listing(_engine(read_settings()), options.limit, json_form=options.json))
+    print(cache_command.listing(_engine(read_settings(reading=True)), options.limit, json_form=options.json))
     return 0
 
 
@@ -304,7 +304,7 @@ def _names(text: str) -> list[str]:
 def _ledger_verify(options: argparse.Namespace) -> int:
     from router.adapters.sql.verify import verify
 
-    settings = read_settings()
+    settings = read_settings(reading=True)
     found = verify(_engine(settings), settings.journals)
     for difference in found.differences:
         print(difference)

@@ -23,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from router.api.errors import error_body
 from router.core.errors import ConfigurationError
-from router.settings import Settings, collect_metrics_in, read_settings, worker_environment
+from router.settings import MIN_SECRET, Settings, collect_metrics_in, read_settings, worker_environment
 
 log = logging.getLogger("farthing")
 
@@ -42,10 +42,11 @@ def listen(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         sock.close()
+        reason = error.strerror if isinstance(error, OSError) else "a port is a number from 0 to 65535"
         raise ConfigurationError(
-            f"--port: {host}:{port} cannot be listened on ({error.strerror}). Name another port, or free it."
+            f"--port: {host}:{port} cannot be listened on ({reason}). Name another port, or free it."
         ) from None
     sock.listen(BACKLOG)
     sock.set_inheritable(True)
@@ -57,6 +58,11 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> int:
     if settings.admin_port is not None and not settings.admin_key:
         raise ConfigurationError(
             "--admin-port needs FARTHING_ADMIN_KEY: the admin plane is never open to everyone."
+        )
+    if settings.admin_port is not None and len(settings.admin_key or "") < MIN_SECRET:
+        raise ConfigurationError(
+            f"FARTHING_ADMIN_KEY is shorter than {MIN_SECRET} characters and could be guessed. Use the output of "
+            "'openssl rand -hex 32'."
         )
     data = listen(settings.host, settings.port)
     admin = listen(settings.host, settings.admin_port) if settings.admin_port is not None else None

@@ -57,21 +57,29 @@ def read_settings(
     workers: int = 1,
     open_team: str | None = None,
     environment: Mapping[str, str] | None = None,
+    reading: bool = False,
 ) -> Settings:
     """Settings of this process. Creates the data folder, and a secret in it where none is set.
+
+    `reading`: for a command that only reads what was recorded. It creates nothing, and an embedded database must be
+    there: a mistyped folder would else look like an empty ledger.
 
     Raises ConfigurationError naming the variable and the remedy.
     """
     env = dict(os.environ if environment is None else environment)
     data = Path(env.get("FARTHING_DATA_DIR") or _default_data(env)).expanduser().absolute()
-    try:
-        data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise ConfigurationError(
-            f"FARTHING_DATA_DIR: the folder {data} cannot be made ({error.strerror}). Name one that can be written."
-        ) from None
     redis_url = env.get("FARTHING_REDIS_URL") or None
     database_url = env.get("FARTHING_DATABASE_URL") or f"sqlite:///{data / 'farthing.db'}"
+    if reading:
+        _find(database_url)
+    else:
+        try:
+            data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfigurationError(
+                f"FARTHING_DATA_DIR: the folder {data} cannot be made ({error.strerror}). "
+                "Name one that can be written."
+            ) from None
     if workers > 1 and redis_url is None:
         raise ConfigurationError(
             "--workers above 1 needs FARTHING_REDIS_URL: without it each worker would keep budgets of its own."
@@ -83,7 +91,7 @@ def read_settings(
         database_url=database_url,
         redis_url=redis_url,
         admin_key=env.get("FARTHING_ADMIN_KEY") or None,
-        secret=_secret(env, data, shared),
+        secret=_secret(env, data, shared, reading),
         host=host,
         port=port,
         admin_port=admin_port,
@@ -91,6 +99,16 @@ def read_settings(
         open_team=open_team,
         environment=env,
     )
+
+
+def _find(database_url: str) -> None:
+    """Raises ConfigurationError where this names the file of an embedded database, and there is none."""
+    scheme, _, path = database_url.partition(":///")
+    if scheme == "sqlite" and path and not Path(path).is_file():
+        raise ConfigurationError(
+            f"There is no ledger at {path}. Set FARTHING_DATA_DIR (or FARTHING_DATABASE_URL) to the gateway's; "
+            "before its first start there is nothing to read."
+        )
 
 
 def worker_environment(settings: Settings) -> dict[str, str]:
@@ -112,7 +130,7 @@ def _default_data(env: Mapping[str, str]) -> Path:
     return Path(base) / "farthing"
 
 
-def _secret(env: Mapping[str, str], data: Path, shared: bool) -> bytes:
+def _secret(env: Mapping[str, str], data: Path, shared: bool, reading: bool) -> bytes:
     text = env.get("FARTHING_SECRET")
     if text:
         if len(text) < MIN_SECRET:
@@ -126,6 +144,8 @@ def _secret(env: Mapping[str, str], data: Path, shared: bool) -> bytes:
             "same random text on each, for example the output of 'openssl rand -hex 32'."
         )
     path = data / "secret"
+    if reading and not path.exists():
+        return b""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:

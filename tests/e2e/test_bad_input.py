@@ -194,6 +194,20 @@ def test_an_admin_plane_without_a_key_does_not_start(tmp_path: Path) -> None:
     assert "FARTHING_ADMIN_KEY" in ended.stderr
 
 
+def test_a_guessable_admin_key_does_not_start(tmp_path: Path) -> None:
+    ended = started_with(tmp_path, GOOD, policy(), "--admin-port", "0", FARTHING_ADMIN_KEY="short")
+    assert ended.returncode == 2
+    assert "FARTHING_ADMIN_KEY is shorter" in ended.stderr
+
+
+@pytest.mark.parametrize("port", ["99999", "-1"])
+def test_an_impossible_port_is_refused(tmp_path: Path, port: str) -> None:
+    ended = started_with(tmp_path, GOOD, policy(), "--port", port)
+    assert ended.returncode == 2
+    assert "--port" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_a_taken_port_is_named(tmp_path: Path, gateway: Gateway) -> None:
     ended = started_with(tmp_path, GOOD, policy(), "--port", str(gateway.port))
     assert ended.returncode == 2

@@ -93,3 +93,20 @@ def test_a_url_is_shown_without_its_password(url: str, shown: str) -> None:
         assert found == shown
     else:
         assert found.endswith("/data/farthing.db")
+
+
+def test_reading_makes_nothing_and_misses_a_ledger_that_is_not_there(tmp_path: Path) -> None:
+    mistyped = tmp_path / "dat"
+    with pytest.raises(ConfigurationError, match=r"There is no ledger at .*dat/farthing\.db"):
+        read_settings(environment={"FARTHING_DATA_DIR": str(mistyped)}, reading=True)
+    assert not mistyped.exists()
+
+
+def test_reading_finds_the_ledger_of_a_gateway(tmp_path: Path) -> None:
+    environment = {"FARTHING_DATA_DIR": str(tmp_path)}
+    made = read_settings(environment=environment)
+    (tmp_path / "farthing.db").touch()
+    assert read_settings(environment=environment, reading=True) == made
+    (tmp_path / "secret").unlink()
+    read_settings(environment=environment, reading=True)
+    assert not (tmp_path / "secret").exists()
