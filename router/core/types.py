@@ -89,6 +89,15 @@ class Usage(Struct, frozen=True):
     def output_total(self) -> int:
         return self.output + self.output_reasoning + self.output_audio
 
+    def within(self, most_input: int, most_output: int) -> Usage:
+        """As much of it as both leave room for; plain text gives way first."""
+        kept: dict[str, int] = {}
+        for buckets, left in ((INPUT_BUCKETS, most_input), (OUTPUT_BUCKETS, most_output)):
+            for bucket in reversed(buckets):
+                kept[bucket] = min(getattr(self, bucket), left)
+                left -= kept[bucket]
+        return Usage(**kept)
+
 
 BUCKETS: tuple[str, ...] = Usage.__struct_fields__
 INPUT_BUCKETS = BUCKETS[:5]

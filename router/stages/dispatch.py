@@ -89,8 +89,8 @@ class _Trial:
     tap: StreamTap | None = None
     status: int | None = None
     first_token: float | None = None
-    reported: Usage | None = None
-    """Usage of an answer that could not be passed on."""
+    reported: tuple[Usage, bool] | None = None
+    """Usage of an answer that could not be passed on, and whether it is in doubt."""
 
 
 class Dispatch:
@@ -298,10 +298,11 @@ class Dispatch:
         if facts is None:
             raise UpstreamError("protocol", "the answer is not a JSON object")
         if not facts.finish_reasons:
-            trial.reported = facts.usage  # of no use to the caller, and billed all the same
+            if facts.usage is not None:  # of no use to the caller, and billed all the same
+                trial.reported = _credible(exchange, trial, facts.usage, facts.usage_contradicts)
             raise UpstreamError("protocol", "the answer holds no choice")
         usage, estimated = (
-            (facts.usage, facts.usage_contradicts)
+            _credible(exchange, trial, facts.usage, facts.usage_contradicts, facts.output_characters)
             if facts.usage is not None
             else (self._estimate(exchange, facts.output_characters), True)
         )
@@ -439,9 +440,9 @@ class Dispatch:
         """What this attempt used and whether that is an estimate."""
         tap = trial.tap
         if trial.reported is not None:
-            return trial.reported, False
+            return trial.reported
         if tap is not None and tap.usage is not None:
-            return tap.usage, tap.usage_contradicts
+            return _credible(exchange, trial, tap.usage, tap.usage_contradicts, tap.output_characters)
         if error in ("connect", "status", "quota", "rejected") or (
             error == "protocol" and (tap is None or not tap.content_frames)
         ):
@@ -492,6 +493,20 @@ class Dispatch:
         if amount is None or await self._reserve.top_up(exchange, amount):
             return bound + self._output_held(exchange, trial)
         raise UpstreamError("budget", "the budget has no room for more of this answer")
+
+
+def _credible(
+    exchange: Exchange, trial: _Trial, usage: Usage, contradicts: bool, output_characters: int = 0
+) -> tuple[Usage, bool]:
+    """A provider's figures within what request and model leave possible, or what came of the answer proves; and
+    whether they are in doubt.
+    """
+    request, model = exchange.request, trial.model
+    most_input = max(request.input_bound, model.context)  # a provider may add words of its own
+    most_output = max(request.choices * model.max_output, output_characters)
+    if usage.input_total <= most_input and usage.output_total <= most_output:
+        return usage, contradicts
+    return usage.within(most_input, most_output), True
 
 
 def body_for(exchange: Exchange, model: ModelSpec, provider: ProviderSpec) -> bytes:

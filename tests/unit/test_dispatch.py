@@ -19,7 +19,7 @@ from router.core.errors import (
     UpstreamRejected,
     UpstreamTimedOut,
 )
-from router.core.types import AttemptRecord, RequestRecord
+from router.core.types import AttemptRecord, RequestRecord, Usage
 from router.stages.dispatch import RetryBudget
 from router.stages.flight import AHEAD
 from tests.unit.pipeline_parts import (
@@ -423,6 +423,57 @@ async def test_a_json_answer_that_is_late_is_booked_too() -> None:
     late, _ = rig.record.attempts
     assert (late.outcome, late.estimated, late.usage.output) == ("timeout", True, 300)
     assert rig.record.overhead == late.cost
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "completion", "details", "expected"),
+    [
+        (10, 10**9, {}, Usage(input=10, output=2_000)),
+        (10**9, 2, {"prompt_tokens_details": {"cached_tokens": 7}}, Usage(9_993, 7, output=2)),
+        (
+            10,
+            9_000,
+            {"completion_tokens_details": {"reasoning_tokens": 8_990}},
+            Usage(10, output_reasoning=2_000),
+        ),
+        (12_000, 2, {}, Usage(input=10_000, output=2)),
+        (10_000, 2_000, {}, None),
+    ],
+)
+async def test_usage_beyond_what_is_possible_is_bounded_and_flagged(
+    stream: bool, prompt: int, completion: int, details: dict[str, Any], expected: Usage | None
+) -> None:
+    rig = Rig()
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion, **details}
+    answer = {**json.loads(GOOD_ANSWER), "usage": usage}
+    frames = (*GOOD_STREAM[:3], chunk(usage=usage), DONE)
+    rig.wire.scripts["first"] = [Script(*frames) if stream else Script(json.dumps(answer).encode())]
+    options: dict[str, Any] = {"stream_options": {"include_usage": True}} if stream else {}
+    body = await rig.ask(stream=stream, n=2, **options)
+    assert str(completion).encode() in body, "the caller gets what the provider said"
+    assert rig.record.usage == (expected or Usage(input=prompt, output=completion))
+    assert rig.record.estimated is (expected is not None)
+    assert rig.record.status == "complete"
+
+
+async def test_bounded_usage_of_an_answer_of_no_use_is_flagged_too() -> None:
+    rig = Rig()
+    usage = {"prompt_tokens": 10, "completion_tokens": 10**9}
+    rig.wire.scripts["first"] = [Script(json.dumps({"choices": [], "usage": usage}).encode())]
+    await rig.ask()
+    useless, _ = rig.record.attempts
+    assert (useless.usage, useless.estimated) == (Usage(input=10, output=1_000), True)
+
+
+async def test_more_than_a_model_is_said_to_write_is_booked_where_it_came() -> None:
+    rig = Rig()
+    usage = {"prompt_tokens": 10, "completion_tokens": 1_500}
+    rig.wire.scripts["first"] = [
+        Script(chunk("word " * 1_500), chunk(finish="stop"), chunk(usage=usage), DONE)
+    ]
+    await rig.ask(stream=True)
+    assert (rig.record.usage.output, rig.record.estimated) == (1_500, False)
 
 
 # -- latency --
