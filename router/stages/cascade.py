@@ -18,7 +18,7 @@ from router.core.errors import RequestError, UpstreamError
 from router.core.ports import Clock
 from router.core.types import NanoUSD
 from router.stages.dispatch import Dispatch
-from router.stages.exchange import Exchange
+from router.stages.exchange import UNSENT, Exchange
 from router.stages.flight import AnswerSink, Head
 from router.stages.judge import parsed_answer, read_approval, verifier_request
 from router.stages.reserve import Reserve, worst_case_of
@@ -125,9 +125,12 @@ class Cascade:
             return
         # So far only we have seen it: were the caller to leave now, nothing was served.
         error, exchange.status = exchange.error, "failed"
+        at, cheap = len(exchange.attempts) - 1, exchange.attempts[-1]
+        exchange.attempts[at] = structs.replace(cheap, error=UNSENT)
         doubt = await self._doubt(exchange, held.body, verify)
-        if doubt is not None and await self._escalate(exchange, flight, doubt):
+        if doubt is not None and await self._escalate(exchange, flight, doubt, at):
             return
+        exchange.attempts[at] = cheap
         exchange.doubt = doubt
         exchange.status, exchange.error = "complete", error
         held.send()
@@ -169,9 +172,8 @@ class Cascade:
             ]
         return read_approval(parsed_answer(heard.body, False))
 
-    async def _escalate(self, exchange: Exchange, flight: AnswerSink, doubt: str) -> bool:
-        """Whether a stronger model's answer reached the caller."""
-        at = max(i for i, attempt in enumerate(exchange.attempts) if attempt.error != "verifier")
+    async def _escalate(self, exchange: Exchange, flight: AnswerSink, doubt: str, at: int) -> bool:
+        """Whether a stronger model's answer reached the caller. `at`: the attempt whose answer is in doubt."""
         cheap = exchange.attempts[at]
         name = stronger(exchange, cheap.model)
         left = self._left(exchange)
@@ -184,7 +186,6 @@ class Cascade:
         try:
             await self._dispatch.attempt(exchange, flight, name, len(exchange.attempts), left)
         except (UpstreamError, RequestError):
-            exchange.attempts[at] = cheap
             exchange.escalated = None
             return False
         return True

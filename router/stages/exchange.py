@@ -110,7 +110,8 @@ class Exchange:
         return self.verdict.prompt_class if self.verdict is not None else self.stored_class
 
 
-ASIDE = frozenset({"escalated", "verifier"})
+UNSENT = "not sent"
+ASIDE = frozenset({"escalated", "verifier", UNSENT})
 """Errors of attempts that ended well and whose answer did not go to the caller."""
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from router.core.types import RequestRecord
 from router.stages import cascade
+from router.stages.exchange import serving
 from tests.unit.pipeline_parts import Script, eventually, failure
 from tests.unit.routed_parts import RoutedRig, policy, said, streamed
 
@@ -222,6 +223,24 @@ async def test_a_client_that_leaves_before_the_verdict_was_served_nothing() -> N
     (record,) = await eventually(lambda: made.journal.settled)
     assert (record.status, record.error) == ("cancelled", "client_left")
     assert told(record) == [("cheap", "complete", "escalated"), ("strong", "cancelled", "client left")]
+    assert record.cost >= CHEAP
+
+
+async def test_a_client_that_leaves_while_its_answer_is_verified_was_served_nothing() -> None:
+    made = rig("third", cheap=Script(said("Fine.")), third=Script(30.0))
+
+    async def ask() -> None:
+        await head_and_body(made)
+
+    asking = asyncio.ensure_future(ask())
+    await eventually(lambda: made.models_called() == ["cheap", "third"])
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    (record,) = await eventually(lambda: made.journal.settled)
+    assert (record.status, record.error) == ("cancelled", "client_left")
+    assert told(record)[0] == ("cheap", "complete", "not sent")
+    assert serving(record.attempts) is None
     assert record.cost >= CHEAP
 
 
