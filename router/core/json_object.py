@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from json import decoder
 from typing import Any, NoReturn
@@ -83,7 +83,8 @@ def _bounded(digits: str) -> str:
 _decoder = json.JSONDecoder(
     parse_constant=_reject_constant, parse_int=_integer, parse_float=_float, object_pairs_hook=_once
 )
-_written = json.JSONEncoder(ensure_ascii=False).encode
+written: Callable[[object], str] = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+"""JSON for a value of our own. A caller's is never serialised again: not all that JSON says has a Python value."""
 
 # What is skipped is skipped in C, however long it is; possessive, so that nothing is tried twice.
 _BLANKS = re.compile(r"[ \t\n\r]*+")
@@ -203,31 +204,55 @@ def _check_structure(text: str) -> None:
 
 
 def edit(
-    text: str, spans: Mapping[str, tuple[int, int]], changes: Mapping[str, Any], renames: Mapping[str, str]
+    text: str,
+    spans: Mapping[str, tuple[int, int]],
+    changes: Mapping[str, str],
+    renames: Mapping[str, str],
+    dropped: Collection[str] = (),
 ) -> bytes:
-    """`text` with some top-level values replaced or added and some names changed; all else byte for byte.
+    """`text` with some top-level values replaced or added, some names changed and some fields left out; the rest
+    byte for byte, but for blanks between fields where one is left out.
 
-    `changes` maps a name to its new value, `renames` an old name to a new one. A name that is not there is
-    added by `changes` and ignored by `renames`.
+    `changes` maps a name to the JSON of its new value, `renames` an old name to a new one. A name that is not
+    there is added by `changes` and ignored by the others.
     """
+    if any(name in spans for name in dropped):
+        text, spans = _without(text, spans, dropped)
     pieces: list[tuple[int, int, str]] = []
     added: list[str] = []
     for name, value in changes.items():
         if name in spans:
             start, end = spans[name]
-            pieces.append((start, end, _written(value)))
+            pieces.append((start, end, value))
         else:
-            added.append(f"{_written(name)}:{_written(value)}")
+            added.append(f"{written(name)}:{value}")
     for old, new in renames.items():
         if old in spans:
             start, end = _name_span(text, spans, old)
-            pieces.append((start, end, _written(new)))
+            pieces.append((start, end, written(new)))
     result = _splice(text, pieces)
     if added:
         close = result.rindex("}")
         separator = "," if spans else ""
         result = result[:close] + separator + ",".join(added) + result[close:]
     return result.encode("utf-8")
+
+
+def _without(
+    text: str, spans: Mapping[str, tuple[int, int]], dropped: Collection[str]
+) -> tuple[str, Mapping[str, tuple[int, int]]]:
+    """The same object without some of its fields."""
+    kept: list[str] = []
+    places: dict[str, tuple[int, int]] = {}
+    at, before = 1, 0
+    for name, (value_start, end) in spans.items():
+        if name not in dropped:
+            start = text.index('"', before)
+            kept.append(text[start:end])
+            places[name] = (at + value_start - start, at + end - start)
+            at += end - start + 1
+        before = end
+    return "{" + ",".join(kept) + "}", places
 
 
 def _name_span(text: str, spans: Mapping[str, tuple[int, int]], name: str) -> tuple[int, int]:

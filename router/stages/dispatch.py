@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from router.core.decide import DEFAULT_OUTPUT_TOKENS
 from router.core.errors import (
@@ -25,13 +26,13 @@ from router.core.errors import (
     UpstreamTimedOut,
 )
 from router.core.health import Health
-from router.core.json_object import edit
+from router.core.json_object import edit, parse_object, written
 from router.core.openai_wire import StreamTap, complete_answer, error_frame
 from router.core.policy import ModelSpec, ProviderSpec
 from router.core.ports import Clock, Journal, Upstream, UpstreamCall, UpstreamReply
 from router.core.pricing import price_usage, total
 from router.core.tokens import estimate_tokens
-from router.core.types import Attempt, AttemptOutcome, AttemptRecord, NanoUSD, Usage
+from router.core.types import Attempt, AttemptOutcome, AttemptRecord, ChatRequest, NanoUSD, Usage
 from router.stages.exchange import Exchange
 from router.stages.flight import AnswerSink, Head, UsageFrame
 from router.stages.reserve import Reserve, output_held, worst_case_of
@@ -510,13 +511,52 @@ def _credible(
 
 
 def body_for(exchange: Exchange, model: ModelSpec, provider: ProviderSpec) -> bytes:
-    """The caller's body with the model's own name, declared renames, and usage asked for on a stream."""
+    """The caller's body with the model's own name, declared renames, and usage asked for on a stream.
+
+    Raises InvalidRequest where two fields would be sent under one name.
+    """
     request = exchange.request
-    changes: dict[str, object] = {"model": model.upstream_name}
+    changes = {"model": written(model.upstream_name)}
     if request.stream and provider.stream_usage and not request.include_usage:
-        options = request.body.get("stream_options")
-        changes["stream_options"] = {**(options or {}), "include_usage": True}
-    return edit(request.text, request.spans, changes, model.rename)
+        changes["stream_options"] = _asking_for_usage(request)
+    renames, dropped = _renames(request.body, model) if model.rename else ({}, ())
+    return edit(request.text, request.spans, changes, renames, dropped)
+
+
+def _asking_for_usage(request: ChatRequest) -> str:
+    if not request.body.get("stream_options"):
+        return '{"include_usage":true}'
+    start, end = request.spans["stream_options"]
+    options = parse_object(request.text[start:end].encode())
+    return edit(options.text, options.spans, {"include_usage": "true"}, {}).decode()
+
+
+def _renames(body: Mapping[str, Any], model: ModelSpec) -> tuple[Mapping[str, str], Collection[str]]:
+    """The renames for this body, and the fields that go because another one says what they say under their name."""
+    renames = {name: target for name, target in model.rename.items() if name in body}
+    dropped: set[str] = set()
+    taken: dict[str, str] = {}
+    for name in (*renames, *(target for target in renames.values() if target not in renames)):
+        target = renames.get(name, name)
+        other = taken.setdefault(target, name)
+        if other == name or name not in body:
+            continue
+        if body[name] is None or _same(body[name], body[other]):
+            dropped.add(name)
+        elif body[other] is None:
+            dropped.add(other)
+            taken[target] = name
+        else:
+            raise InvalidRequest(
+                f"'{name}' and '{other}' are one field for the model {model.name}, and their values differ. "
+                "Send one of them.",
+                param=other,
+            )
+    return renames, dropped
+
+
+def _same(one: object, other: object) -> bool:
+    return type(one) is type(other) and one == other
 
 
 def _as_rejection(error: UpstreamError | RequestError) -> UpstreamError | RequestError:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from router.core.json_object import edit
 from router.core.openai_wire import sse_to_json
 from router.core.policy import ModelSpec
 from router.core.types import ChatRequest
@@ -119,8 +120,7 @@ def unstreamed(request: ChatRequest) -> ChatRequest:
     """The same request for an answer in one piece."""
     if not request.stream:
         return request
-    fields = {name: value for name, value in request.body.items() if name not in ("stream", "stream_options")}
-    return normalise_chat(json.dumps(fields).encode("ascii"))
+    return normalise_chat(edit(request.text, request.spans, {}, {}, ("stream", "stream_options")))
 
 
 def readable(request: ChatRequest) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from router.core.errors import (
     BudgetExceeded,
     ContextExceeded,
+    InvalidRequest,
     Overloaded,
     RateLimited,
     RequestError,
@@ -34,6 +35,13 @@ from tests.unit.pipeline_parts import (
     events,
     eventually,
     failure,
+)
+from tests.values import replace
+
+HI = [{"role": "user", "content": "hi"}]
+RENAMING = PROVIDERS.replace(
+    "max_tokens: max_completion_tokens",
+    "max_tokens: max_completion_tokens, old: new, older: new, here: there, there: elsewhere, elsewhere: here",
 )
 
 
@@ -224,6 +232,60 @@ async def test_the_body_carries_the_upstreams_names() -> None:
         "temperature": 0.2,
         "stream_options": {"include_usage": True},
     }
+
+
+@pytest.mark.parametrize(
+    ("body", "sent"),
+    [
+        ('"max_tokens":null,"max_completion_tokens":50', {"max_completion_tokens": 50}),
+        ('"max_completion_tokens":50,"max_tokens":null', {"max_completion_tokens": 50}),
+        ('"max_tokens":50,"max_completion_tokens":null', {"max_completion_tokens": 50}),
+        ('"max_completion_tokens":null,"max_tokens":50', {"max_completion_tokens": 50}),
+        ('"max_tokens":null,"max_completion_tokens":null', {"max_completion_tokens": None}),
+        ('"old":[1],"new":[1]', {"new": [1]}),
+        ('"old":1,"older":1', {"new": 1}),
+        ('"old":null,"older":1,"new":null', {"new": 1}),
+        ('"here":1,"there":2,"elsewhere":3', {"there": 1, "elsewhere": 2, "here": 3}),
+    ],
+)
+async def test_a_field_that_is_renamed_is_sent_once(body: str, sent: dict[str, Any]) -> None:
+    rig = Rig(RENAMING)
+    inbound = replace(rig.inbound(), body=f'{{"model":"first","messages":{json.dumps(HI)},{body}}}'.encode())
+    async with rig.pipeline.answer(inbound):
+        pass
+    pairs = json.loads(rig.wire.calls[0].body, object_pairs_hook=list)
+    assert sorted(pairs[2:]) == sorted((k, v) for k, v in sent.items())
+
+
+async def test_two_values_for_one_field_are_refused() -> None:
+    rig = Rig(RENAMING)
+    with pytest.raises(InvalidRequest, match="'older' and 'old'") as caught:
+        await rig.ask(old=1, older=True)
+    assert caught.value.status == 400
+    assert rig.wire.calls == []
+    assert await rig.held() == 0
+
+
+async def test_a_body_goes_on_as_it_was_written() -> None:
+    rig = Rig(RENAMING)
+    options = '{ "x" : [1e999, 1.50], "y":"\\ud800", "include_usage" : null }'
+    body = (
+        f'{{"model":"first","messages":{json.dumps(HI)},"stream":true,"stream_options":{options},"z":-1e400}}'
+    )
+    inbound = replace(rig.inbound(), body=body.encode())
+    async with rig.pipeline.answer(inbound) as answer:
+        assert len([frame async for frame in answer.frames]) == 4
+    expected = body.replace('"first"', '"first-1"').replace(
+        '"include_usage" : null', '"include_usage" : true'
+    )
+    assert rig.wire.calls[0].body == expected.encode()
+
+
+@pytest.mark.parametrize("options", [None, {}])
+async def test_usage_is_asked_for_where_there_are_no_options(options: dict[str, Any] | None) -> None:
+    rig = Rig()
+    await rig.ask(stream=True, stream_options=options)
+    assert json.loads(rig.wire.calls[0].body)["stream_options"] == {"include_usage": True}
 
 
 @pytest.mark.parametrize("asked", [False, True])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.core.errors import InvalidRequest
-from router.core.json_object import MAX_DEPTH, MAX_DIGITS, MAX_FIELDS, MAX_VALUES, edit, parse_object
+from router.core.json_object import MAX_DEPTH, MAX_DIGITS, MAX_FIELDS, MAX_VALUES, edit, parse_object, written
 
 _scalars = (
     st.none()
@@ -77,14 +77,18 @@ def test_an_edit_says_what_it_should_and_leaves_the_rest_alone(
     if free and renames_one:
         renames[data.draw(st.sampled_from(free))] = "renamed_field_of_this_test"
     parsed = parse_object(text.encode())
-    edited = edit(text, parsed.spans, changes, renames)
+    free = [name for name in free if name not in renames]
+    dropped = data.draw(st.sets(st.sampled_from(free))) if free else set()
+    edited = edit(
+        text, parsed.spans, {name: written(value) for name, value in changes.items()}, renames, dropped
+    )
     assert json.loads(edited) == {
-        **{renames.get(name, name): value for name, value in fields.items()},
+        **{renames.get(name, name): value for name, value in fields.items() if name not in dropped},
         **changes,
     }
     again = parse_object(edited)
     for name in fields:
-        if name not in changes:
+        if name not in changes and name not in dropped:
             start, end = again.spans[renames.get(name, name)]
             old_start, old_end = parsed.spans[name]
             assert again.text[start:end] == text[old_start:old_end]
@@ -102,11 +106,28 @@ def test_every_other_byte_stays() -> None:
     )
     spans = parse_object(text.encode()).spans
     assert (
-        edit(text, spans, {"model": "gpt-ü"}, {"max_tokens": "max_completion_tokens"})
+        edit(text, spans, {"model": '"gpt-ü"'}, {"max_tokens": "max_completion_tokens"})
         == '{ "a" : 1.50e0 ,\t"model":"gpt-ü", "b":[ 1 , {"model" : "y"} ],"max_completion_tokens" : 7 }'.encode()
     )
-    assert edit("{}", {}, {"model": "x"}, {}) == b'{"model":"x"}'
-    assert edit('{"a":1 }\n', {"a": (5, 6)}, {"b": 2}, {}) == b'{"a":1 ,"b":2}\n'
+    assert edit("{}", {}, {"model": '"x"'}, {}) == b'{"model":"x"}'
+    assert edit('{"a":1 }\n', {"a": (5, 6)}, {"b": "2"}, {}) == b'{"a":1 ,"b":2}\n'
+
+
+@pytest.mark.parametrize(
+    ("dropped", "left"),
+    [
+        ({"a"}, b'{"b": "}, {" ,"c":[1e999]}'),
+        ({"b"}, b'{"a" : 1,"c":[1e999]}'),
+        ({"c"}, b'{"a" : 1,"b": "}, {"}'),
+        ({"a", "c"}, b'{"b": "}, {"}'),
+        ({"a", "b", "c", "d"}, b"{}"),
+        ({"d"}, b'{ "a" : 1, "b": "}, {" ,"c":[1e999] }\n'),
+    ],
+)
+def test_a_field_is_left_out(dropped: set[str], left: bytes) -> None:
+    text = '{ "a" : 1, "b": "}, {" ,"c":[1e999] }\n'
+    spans = parse_object(text.encode()).spans
+    assert edit(text, spans, {}, {}, dropped).replace(b' ,"c"', b',"c"') == left.replace(b' ,"c"', b',"c"')
 
 
 def test_a_name_like_a_value_is_told_apart() -> None:

@@ -15,6 +15,8 @@ from router.core.learning import Label
 from router.core.types import BudgetWindow, RequestRecord
 from router.stages import shadow
 from router.stages.exchange import Exchange
+from router.stages.judge import unstreamed
+from router.stages.normalise import normalise_chat
 from tests.unit.pipeline_parts import Script, eventually, failure
 from tests.unit.routed_parts import RoutedRig, policy, said, streamed
 from tests.values import replace
@@ -435,3 +437,14 @@ async def test_several_answers_to_one_request_are_not_compared() -> None:
     made = rig(judge="third")
     await shadowed(made, n=2)
     assert made.models_called() == ["cheap"]
+
+
+def test_a_request_is_asked_again_as_it_was_written() -> None:
+    messages = r'[{"role":"user","content":"half \ud83d"}]'
+    request = normalise_chat(
+        f'{{"model":"auto","stream":true,"messages":{messages},"stream_options":{{}},"x": 1e999}}'.encode()
+    )
+    again = unstreamed(request)
+    assert again.text == f'{{"model":"auto","messages":{messages},"x": 1e999}}'
+    assert not again.stream
+    assert unstreamed(again) is again
