@@ -340,6 +340,15 @@ def _is_error(payload: Mapping[str, Any]) -> bool:
     return bool(payload.get("error")) or payload.get("object") == "error"
 
 
+def only_usage(frame: bytes) -> bool:
+    """Whether all that a frame tells is usage: it goes to those who asked for that, and to nobody else."""
+    if b'"usage"' not in frame:
+        return False
+    data = data_of(frame)
+    payload = _object(data) if data is not None else None
+    return payload is not None and bool(payload.get("usage")) and not payload.get("choices")
+
+
 # ---- a JSON answer ----
 
 

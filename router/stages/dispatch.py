@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,7 @@ from router.core.errors import (
 )
 from router.core.health import Health
 from router.core.json_object import edit, parse_object, written
-from router.core.openai_wire import StreamTap, complete_answer, error_frame
+from router.core.openai_wire import StreamTap, complete_answer, error_frame, only_usage
 from router.core.policy import ModelSpec, ProviderSpec
 from router.core.ports import Clock, Journal, Upstream, UpstreamCall, UpstreamReply
 from router.core.pricing import price_usage, total
@@ -50,7 +49,6 @@ IDLE_SLACK = 0.25
 """Seconds a stream may be silent beyond its idle timeout, at most a tenth of it."""
 
 _DONE = b"[DONE]"
-_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 # A provider says no to the request itself; another provider may still take it when the app left us the choice.
 _REQUEST_FAULTS = frozenset({400, 413, 415, 422})
 _PASSED_HEADERS = ("openai-processing-ms", "openai-version", "x-ratelimit-remaining-requests")
@@ -258,7 +256,7 @@ class Dispatch:
                 self._begin(exchange, sink, trial, reply)
                 frames = [*held, *frames]
             if tap.usage_raw is not usage_before:
-                frames = [UsageFrame(f) if _NO_CHOICES.search(f) and b'"usage"' in f else f for f in frames]
+                frames = [UsageFrame(frame) if only_usage(frame) else frame for frame in frames]
             for frame in frames:
                 sink.append(frame)
             if broken is not None:

@@ -29,6 +29,7 @@ from tests.unit.pipeline_parts import (
     GOOD_STREAM,
     POLICY,
     PROVIDERS,
+    USAGE,
     Rig,
     Script,
     chunk,
@@ -296,6 +297,20 @@ async def test_usage_frames_go_to_those_who_asked(asked: bool) -> None:
     assert any(event != "[DONE]" and json.loads(event)["usage"] for event in told) is asked
     assert rig.record.usage.output == 2
     assert not rig.record.estimated
+
+
+@pytest.mark.parametrize("choices", ['"choices": [ ],', '"choices":null,', ""])
+@pytest.mark.parametrize("asked", [False, True])
+async def test_usage_without_choices_goes_to_those_who_asked(asked: bool, choices: str) -> None:
+    rig = Rig()
+    last = f'data: {{"id":"c",{choices}"usage":{json.dumps(USAGE)}}}\n\n'.encode()
+    text = chunk('{"usage":{"a":1},"choices":[]}')
+    rig.wire.scripts["first"] = [Script(chunk("Hello"), text, chunk(finish="stop") + last, DONE)]
+    options: dict[str, Any] = {"stream_options": {"include_usage": True}} if asked else {}
+    told = await rig.ask(stream=True, **options)
+    assert told.count(last) == asked
+    assert told.count(text) == 1
+    assert rig.record.usage.output == 2
 
 
 # -- money --
