@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from router.core.sse import MAX_FRAME, FrameSplitter, data_of, event_of, is_comment
+from router.core.tokens import outside_ascii, tokens_of
 from router.core.types import Usage
 
 MAX_TOKENS_REPORTED = 10**9
@@ -142,6 +143,7 @@ class StreamTap:
         "error",
         "first_data_seen",
         "output_characters",
+        "output_other",
         "truncated",
         "usage",
         "usage_contradicts",
@@ -162,6 +164,12 @@ class StreamTap:
         self.truncated = False
         self.content_frames = 0
         self.output_characters = 0
+        self.output_other = 0
+
+    @property
+    def output_tokens(self) -> int:
+        """About how many tokens of output have passed."""
+        return tokens_of(self.output_characters, self.output_other)
 
     @property
     def finish_reasons(self) -> tuple[str | None, ...]:
@@ -265,7 +273,12 @@ class StreamTap:
             piece = match.group(1)
             if b"\\" in piece:
                 piece = _unescaped(piece)
-            characters += len(piece) if piece.isascii() else len(piece.decode(errors="replace"))
+            if piece.isascii():
+                characters += len(piece)
+            else:
+                text = piece.decode(errors="replace")
+                characters += len(text)
+                self.output_other += outside_ascii(text)
         if characters:
             self.content_frames += 1
             self.output_characters += characters
@@ -365,6 +378,8 @@ class AnswerFacts:
     finish_reasons: tuple[str | None, ...]
     complete: bool
     output_characters: int
+    output_tokens: int
+    """About how many its text is."""
 
 
 def complete_answer(body: bytes) -> AnswerFacts | None:
@@ -379,7 +394,7 @@ def complete_answer(body: bytes) -> AnswerFacts | None:
     else:
         usage_raw = None
     reasons: list[str | None] = []
-    characters = 0
+    characters = other = 0
     choices = payload.get("choices")
     for choice in choices if isinstance(choices, list) else ():
         if not isinstance(choice, dict):
@@ -387,7 +402,9 @@ def complete_answer(body: bytes) -> AnswerFacts | None:
             continue
         reason = choice.get("finish_reason")
         reasons.append(reason if isinstance(reason, str) and reason else None)
-        characters += _characters(choice)
+        for text in _texts(choice):
+            characters += len(text)
+            other += outside_ascii(text)
     error = _is_error(payload)
     return AnswerFacts(
         error=error,
@@ -397,21 +414,23 @@ def complete_answer(body: bytes) -> AnswerFacts | None:
         finish_reasons=tuple(reasons),
         complete=not error and (bool(reasons) and None not in reasons if "choices" in payload else True),
         output_characters=characters,
+        output_tokens=tokens_of(characters, other),
     )
 
 
-def _characters(choice: Mapping[str, Any]) -> int:
+def _texts(choice: Mapping[str, Any]) -> list[str]:
+    """What a provider bills as output."""
     message = choice.get("message")
     if not isinstance(message, dict):
         text = choice.get("text")
-        return len(text) if isinstance(text, str) else 0
+        return [text] if isinstance(text, str) else []
     texts = [message.get(key) for key in ("content", "reasoning_content", "reasoning", "refusal")]
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, list) else ():
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict):
             texts.append(function.get("arguments"))
-    return sum(len(text) for text in texts if isinstance(text, str))
+    return [text for text in texts if isinstance(text, str)]
 
 
 # ---- one form served as the other ----

@@ -16,9 +16,16 @@ MESSAGE_OVERHEAD = 4
 
 def estimate_tokens(text: str) -> int:
     """About how many tokens `text` is, rounded up."""
-    length = len(text)
-    if text.isascii():
-        return int(-(-length // _ASCII_CHARACTERS_PER_TOKEN))
-    ascii_characters = len(text.encode("ascii", "ignore"))
-    other = length - ascii_characters
-    return int(ascii_characters / _ASCII_CHARACTERS_PER_TOKEN + other / _OTHER_CHARACTERS_PER_TOKEN) + 1
+    return tokens_of(len(text), outside_ascii(text))
+
+
+def tokens_of(characters: int, other: int) -> int:
+    """The same for a text of so many characters, `other` of them outside ASCII."""
+    if not other:
+        return int(-(-characters // _ASCII_CHARACTERS_PER_TOKEN))
+    return int((characters - other) / _ASCII_CHARACTERS_PER_TOKEN + other / _OTHER_CHARACTERS_PER_TOKEN) + 1
+
+
+def outside_ascii(text: str) -> int:
+    """Characters of `text` outside ASCII."""
+    return 0 if text.isascii() else len(text) - len(text.encode("ascii", "ignore"))

@@ -30,7 +30,6 @@ from router.core.openai_wire import StreamTap, complete_answer, error_frame, onl
 from router.core.policy import ModelSpec, ProviderSpec
 from router.core.ports import Clock, Journal, Upstream, UpstreamCall, UpstreamReply
 from router.core.pricing import price_usage, total
-from router.core.tokens import estimate_tokens
 from router.core.types import Attempt, AttemptOutcome, AttemptRecord, ChatRequest, NanoUSD, Usage
 from router.stages.exchange import Exchange
 from router.stages.flight import AnswerSink, Head, UsageFrame
@@ -42,7 +41,6 @@ MAX_ERROR_BODY = 64 * 1024
 LONGEST_WAIT = 2.0
 """Seconds a Retry-After is waited for; a longer one makes the next model answer at once."""
 FIRST_WAIT = 0.1
-CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_SECOND = 100.0
 """What a model is taken to write where no rate of it is known: more than most do, as budgets rest on it."""
 IDLE_SLACK = 0.25
@@ -303,7 +301,7 @@ class Dispatch:
         usage, estimated = (
             _credible(exchange, trial, facts.usage, facts.usage_contradicts, facts.output_characters)
             if facts.usage is not None
-            else (self._estimate(exchange, facts.output_characters), True)
+            else (self._estimate(exchange, facts.output_tokens), True)
         )
         seconds = self._clock.monotonic() - trial.started
         rate = self._health.tokens_per_second(trial.model.name) or trial.model.expect_tokens_per_second
@@ -449,7 +447,7 @@ class Dispatch:
         if not exchange.request.stream:
             written = self._written_unseen(exchange, trial)
             return Usage(input=exchange.request.input_tokens, output=written), True
-        return self._estimate(exchange, tap.output_characters if tap is not None else 0), True
+        return self._estimate(exchange, tap.output_tokens if tap is not None else 0), True
 
     def _written_unseen(self, exchange: Exchange, trial: _Trial) -> int:
         """About how many tokens a provider has written of a JSON answer whose end was not waited for: what the model
@@ -467,12 +465,8 @@ class Dispatch:
         return min(exchange.request.choices * written, self._output_held(exchange, trial))
 
     @staticmethod
-    def _estimate(exchange: Exchange, output_characters: int) -> Usage:
-        # Only the number of characters of the answer is known, never its text.
-        return Usage(
-            input=exchange.request.input_tokens,
-            output=estimate_tokens("x" * min(output_characters, MAX_BODY)) if output_characters else 0,
-        )
+    def _estimate(exchange: Exchange, output_tokens: int) -> Usage:
+        return Usage(input=exchange.request.input_tokens, output=output_tokens)
 
     def _output_held(self, exchange: Exchange, trial: _Trial) -> int:
         return exchange.request.choices * max(1, output_held(exchange.request, trial.model, exchange.policy))
@@ -484,7 +478,7 @@ class Dispatch:
         """
         if exchange.request.max_output is not None:
             return tap.content_frames
-        return max(tap.content_frames, tap.output_characters // CHARACTERS_PER_TOKEN)
+        return max(tap.content_frames, tap.output_tokens)
 
     async def _extend(self, exchange: Exchange, trial: _Trial, bound: int) -> int:
         """A stream outgrows its hold: holds as much again, or ends it."""

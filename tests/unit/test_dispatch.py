@@ -20,6 +20,7 @@ from router.core.errors import (
     UpstreamRejected,
     UpstreamTimedOut,
 )
+from router.core.tokens import estimate_tokens
 from router.core.types import AttemptRecord, RequestRecord, Usage
 from router.stages.dispatch import RetryBudget
 from router.stages.flight import AHEAD
@@ -311,6 +312,19 @@ async def test_usage_without_choices_goes_to_those_who_asked(asked: bool, choice
     assert told.count(last) == asked
     assert told.count(text) == 1
     assert rig.record.usage.output == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_chinese_answer_without_usage_is_estimated_as_a_chinese_prompt(stream: bool) -> None:
+    rig = Rig()
+    text = "今天天气很好。" * 40
+    answer = json.loads(GOOD_ANSWER)
+    answer["choices"][0]["message"]["content"] = text
+    del answer["usage"]
+    parts = [chunk(text), chunk(finish="stop"), DONE] if stream else [json.dumps(answer).encode()]
+    rig.wire.scripts["first"] = [Script(*parts)]
+    await rig.ask(stream=stream)
+    assert (rig.record.usage.output, rig.record.estimated) == (estimate_tokens(text), True)
 
 
 # -- money --

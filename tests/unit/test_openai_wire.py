@@ -18,6 +18,7 @@ from router.core.openai_wire import (
     sse_to_json,
     usage_from,
 )
+from router.core.tokens import estimate_tokens
 from router.core.types import Usage
 
 DONE = b"data: [DONE]\n\n"
@@ -201,6 +202,17 @@ def test_an_answer_that_speaks_of_usage_and_errors_is_no_usage_and_no_error() ->
     tap, _ = run([chunk({"content": text}), chunk({"content": "error"})])
     assert (tap.usage, tap.error, tap.complete, tap.finish_reasons) == (None, None, False, (None,))
     assert tap.output_characters == len(text) + 5
+
+
+@pytest.mark.parametrize("text", ["Hello, wörld. " * 20, "你好,世界。" * 30, "plain", "", "mixed 世界 x"])
+@pytest.mark.parametrize("escaped", [False, True])
+def test_output_is_estimated_as_input_is(text: str, escaped: bool) -> None:
+    tap, _ = run([frame(json.loads(chunk({"content": text})[6:]), ensure_ascii=escaped)])
+    assert tap.output_tokens == estimate_tokens(text)
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    facts = complete_answer(json.dumps({"choices": [choice]}, ensure_ascii=escaped).encode())
+    assert facts is not None
+    assert facts.output_tokens == estimate_tokens(text)
 
 
 def test_every_choice_must_end() -> None:
