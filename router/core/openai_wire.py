@@ -29,33 +29,32 @@ DONE_FRAME = b"data: [DONE]\n\n"
 # ---- usage ----
 
 
-def usage_from(raw: Mapping[str, Any]) -> Usage:
-    """OpenAI's usage object (chat or responses names) as disjoint buckets; see `read_usage`."""
-    return read_usage(raw)[0]
+def read_usage(raw: Mapping[str, Any]) -> tuple[Usage | None, bool]:
+    """OpenAI's usage object (chat or responses names) as disjoint buckets, and whether the provider's figures
+    contradict each other and had to be bounded. No usage where it counts neither the prompt nor the completion.
 
-
-def read_usage(raw: Mapping[str, Any]) -> tuple[Usage, bool]:
-    """The usage, and whether the provider's figures contradict each other and had to be bounded.
-
-    Cached, cache-write, audio and image tokens are part of the prompt, reasoning and audio tokens part of
-    the completion. Where `total_tokens` proves that reasoning came on top (xAI), it is added. A missing
-    field is 0; a part is never larger than its whole, so no bucket is negative.
+    Cached, cache-write, audio and image tokens are part of the prompt, reasoning and audio tokens part of the
+    completion. What `total_tokens` holds beyond the two is reasoning that came on top (xAI, Gemini), or the count
+    that is missing. A missing detail is 0; a part is never larger than its whole, so no bucket is negative.
     """
     doubts: list[bool] = []
 
-    def count(holder: Mapping[str, Any], *names: str) -> int:
+    def counted(holder: Mapping[str, Any], *names: str) -> int | None:
         for name in names:
             value = holder.get(name)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
                 doubts.append(True)
-                return 0
+                return None
             bounded = int(min(max(value, 0), MAX_TOKENS_REPORTED))
             if bounded != value:
                 doubts.append(True)
             return bounded
-        return 0
+        return None
+
+    def count(holder: Mapping[str, Any], *names: str) -> int:
+        return counted(holder, *names) or 0
 
     def details(*names: str) -> Mapping[str, Any]:
         for name in names:
@@ -70,8 +69,20 @@ def read_usage(raw: Mapping[str, Any]) -> tuple[Usage, bool]:
             part = left
         return part, left - part
 
-    prompt = count(raw, "prompt_tokens", "input_tokens")
-    completion = count(raw, "completion_tokens", "output_tokens")
+    prompt = counted(raw, "prompt_tokens", "input_tokens")
+    completion = counted(raw, "completion_tokens", "output_tokens")
+    if prompt is None and completion is None:
+        return None, True
+    total = count(raw, "total_tokens")
+    beyond = max(total - (prompt or 0) - (completion or 0), 0) if total < MAX_TOKENS_REPORTED else 0
+    if prompt is None or completion is None:
+        prompt, completion = (
+            beyond if prompt is None else prompt,
+            beyond if completion is None else completion,
+        )
+        if beyond:
+            doubts.append(True)
+        beyond = 0
     of_prompt = details("prompt_tokens_details", "input_tokens_details")
     of_completion = details("completion_tokens_details", "output_tokens_details")
 
@@ -81,10 +92,9 @@ def read_usage(raw: Mapping[str, Any]) -> tuple[Usage, bool]:
     image_in, text_in = take(count(of_prompt, "image_tokens"), left)
 
     reasoning = count(of_completion, "reasoning_tokens")
-    if reasoning and count(raw, "total_tokens") == prompt + completion + reasoning:
-        text_out = completion
-    else:
-        reasoning, text_out = take(reasoning, completion)
+    if beyond and reasoning not in (0, beyond):
+        doubts.append(True)  # as it may be part of the completion, of what is beyond it, or of both
+    inside, text_out = take(0 if reasoning == beyond else reasoning, completion)
     audio_out, text_out = take(count(of_completion, "audio_tokens"), text_out)
 
     usage = Usage(
@@ -94,7 +104,7 @@ def read_usage(raw: Mapping[str, Any]) -> tuple[Usage, bool]:
         input_audio=audio_in,
         input_image=image_in,
         output=text_out,
-        output_reasoning=reasoning,
+        output_reasoning=inside + beyond,
         output_audio=audio_out,
     )
     return usage, bool(doubts)
@@ -265,7 +275,9 @@ class StreamTap:
 
     def _take_usage(self, usage: Mapping[str, Any]) -> None:
         self.usage_raw = usage
-        self.usage, self.usage_contradicts = read_usage(usage)
+        read, contradicts = read_usage(usage)
+        if read is not None:
+            self.usage, self.usage_contradicts = read, contradicts
 
     def _count_output(self, frame: bytes, start: int) -> None:
         characters = 0

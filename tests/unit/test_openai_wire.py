@@ -16,7 +16,6 @@ from router.core.openai_wire import (
     json_to_sse,
     read_usage,
     sse_to_json,
-    usage_from,
 )
 from router.core.tokens import estimate_tokens
 from router.core.types import Usage
@@ -68,15 +67,15 @@ def test_usage_is_taken_apart_into_disjoint_buckets() -> None:
 
 
 def test_usage_of_the_responses_api_and_of_deepseek() -> None:
-    assert usage_from(
-        {
-            "input_tokens": 5,
-            "output_tokens": 7,
-            "input_tokens_details": {"cached_tokens": 2},
-            "output_tokens_details": {"reasoning_tokens": 3},
-        }
-    ) == Usage(input=3, input_cached=2, output=4, output_reasoning=3)
-    assert usage_from({"prompt_tokens": 9, "prompt_cache_hit_tokens": 4}) == Usage(input=5, input_cached=4)
+    responses = {
+        "input_tokens": 5,
+        "output_tokens": 7,
+        "input_tokens_details": {"cached_tokens": 2},
+        "output_tokens_details": {"reasoning_tokens": 3},
+    }
+    assert read_usage(responses) == (Usage(input=3, input_cached=2, output=4, output_reasoning=3), False)
+    deepseek = {"prompt_tokens": 9, "prompt_cache_hit_tokens": 4}
+    assert read_usage(deepseek) == (Usage(input=5, input_cached=4), False)
 
 
 def test_reasoning_on_top_of_the_completion_is_added_where_the_total_proves_it() -> None:
@@ -89,12 +88,40 @@ def test_reasoning_on_top_of_the_completion_is_added_where_the_total_proves_it()
     assert read_usage(raw) == (Usage(input=10, output=9, output_reasoning=300), False)
 
 
+def counts_of(prompt: object, completion: object, total: object, reasoning: object = None) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": total,
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+    }
+
+
+@pytest.mark.parametrize(
+    ("raw", "usage", "doubted"),
+    [
+        (counts_of(10, 9, 319), Usage(input=10, output=9, output_reasoning=300), False),
+        (counts_of(10, 0, 310), Usage(input=10, output_reasoning=300), False),
+        (counts_of(10, 9, 319, 100), Usage(input=10, output_reasoning=309), True),
+        (counts_of(10, 200, 510, 100), Usage(input=10, output=100, output_reasoning=400), True),
+        (counts_of(10, 9, 15), Usage(input=10, output=9), False),
+        (counts_of(10, 9, 10**12), Usage(input=10, output=9), True),
+        (counts_of(10, None, 60), Usage(input=10, output=50), True),
+        (counts_of(None, 10, 60), Usage(input=50, output=10), True),
+        (counts_of(5, None, 5), Usage(input=5), False),
+    ],
+)
+def test_what_the_total_holds_beyond_the_two_is_booked(
+    raw: dict[str, Any], usage: Usage, doubted: bool
+) -> None:
+    assert read_usage(raw) == (usage, doubted)
+
+
 @pytest.mark.parametrize(
     ("raw", "usage"),
     [
         ({"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 9}}, Usage(input_cached=5)),
         ({"prompt_tokens": -5, "completion_tokens": 2}, Usage(output=2)),
-        ({"prompt_tokens": "5", "completion_tokens": True}, Usage()),
         ({"prompt_tokens": 10**30}, Usage(input=10**9)),
         ({"prompt_tokens": 2.5}, Usage(input=2)),
         (
@@ -108,10 +135,26 @@ def test_contradictions_are_bounded_and_flagged(raw: dict[str, Any], usage: Usag
 
 
 @pytest.mark.parametrize(
-    "raw", [{}, {"prompt_tokens": None}, {"prompt_tokens_details": None}, {"prompt_tokens_details": []}]
+    "raw", [{"prompt_tokens": 0}, {"prompt_tokens": 0, "completion_tokens": 0, "prompt_tokens_details": []}]
 )
 def test_missing_fields_are_zero(raw: dict[str, Any]) -> None:
     assert read_usage(raw) == (Usage(), False)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {},
+        {"prompt_tokens": None},
+        {"total_tokens": 150},
+        {"prompt_tokens": "5", "completion_tokens": True},
+        {"prompt_tokens_details": {"cached_tokens": 5}},
+    ],
+)
+def test_usage_without_counts_is_none(raw: dict[str, Any]) -> None:
+    assert read_usage(raw)[0] is None
+    tap, _ = run([chunk({"content": "a"}, usage=USAGE), chunk({}, "stop", usage=raw), DONE])
+    assert tap.usage == Usage(input=10, output=4)
 
 
 counts = st.one_of(st.integers(-5, 10**12), st.floats(), st.none(), st.booleans(), st.just("7"))
@@ -134,7 +177,9 @@ counts = st.one_of(st.integers(-5, 10**12), st.floats(), st.none(), st.booleans(
     )
 )
 def test_no_usage_object_breaks_it_and_parts_never_pass_the_prompt(raw: dict[str, Any]) -> None:
-    usage = usage_from(raw)
+    usage, _ = read_usage(raw)
+    if usage is None:
+        return
     assert min(usage.quantities()) >= 0
     prompt = raw.get("prompt_tokens")
     if isinstance(prompt, int) and not isinstance(prompt, bool) and 0 <= prompt <= 10**9:
