@@ -63,7 +63,7 @@ CONCURRENCY, LOCAL_CONCURRENCY = 8, 2
 LOCAL_MAX_TOKENS = 48
 REPEATED_SHARE = 0.25
 PORTS_TRIED = 100
-START_SECONDS, END_SECONDS, SETTLE_SECONDS = 30.0, 15.0, 10.0
+START_SECONDS, END_SECONDS, SETTLE_SECONDS = 120.0, 15.0, 60.0
 
 # Four times as fast as hosted models of these sizes usually are, so that nobody waits for a demo.
 MODELS = (

@@ -26,7 +26,7 @@ TEAM, APP = "helpdesk", "faq"
 INSTRUCTIONS = "You answer customers of a web shop."
 REFUSED = "nearest stored answer refused: "
 ROUNDS = 4
-STORING, BOOKING = 0.7, 10.0
+STORING, BOOKING = 0.7, 60.0
 """Seconds until what was answered can be found by all workers, at least; and until it is booked, at most."""
 
 Ask = Callable[[int, str, str], Awaitable[Mapping[str, str]]]

@@ -130,9 +130,9 @@ async def one_run(verdict: Verdict, database: str | None, count: int, where: Pat
             verdict.say(f"statuses {dict(Counter(a.status for a, _ in answers))}")
             admitted = [a for a, _ in answers if a.status == 200]
             cut_ids = {a.id for a, _ in answers if a.left}
-            until(lambda: len(gateway.rows()) >= len(admitted), "every row is written", 20)
-            until(lambda: all(call["ended"] for call in provider.log()), "every call has ended", 20)
-            await asyncio.sleep(0.7)
+            until(lambda: len(gateway.rows()) >= len(admitted), "every row is written")
+            until(lambda: all(call["ended"] for call in provider.log()), "every call has ended")
+            gateway.booked()
             rows = {row["id"]: row for row in gateway.rows()}
             calls = provider.log()
             refused = [a for a, _ in answers if a.status not in (0, 200)]

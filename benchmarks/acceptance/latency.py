@@ -36,7 +36,7 @@ async def main() -> int:
             where,
             providers(provider.url),
             policy().replace(
-                "simple:  { min_quality: 0.90 }",
+                "simple:  { min_quality: 0.90, first_token_p95: none }",
                 f"simple:  {{ min_quality: 0.90, first_token_p95: {options.limit * 1000:.0f}ms }}",
             ),
         ) as gateway,

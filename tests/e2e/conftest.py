@@ -12,6 +12,7 @@ import pytest
 from tests.contracts.sql_databases import postgresql_server, postgresql_url  # noqa: F401
 from tests.contracts.valkey_server import valkey_server  # noqa: F401
 from tests.e2e.gateway import Gateway
+from tests.e2e.patient import PATIENT
 from tests.e2e.provider import Provider
 from tests.e2e.setting import FAULTS, MODELS, policy, providers
 
@@ -35,7 +36,7 @@ def provider(running_provider: Provider) -> Provider:
 @pytest.fixture(scope="session")
 def shared_gateway(running_provider: Provider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("gateway")
-    with Gateway(folder, providers(running_provider.url), policy()) as gateway:
+    with Gateway(folder, providers(running_provider.url), policy(), python=PATIENT) as gateway:
         yield gateway
 
 
@@ -47,7 +48,7 @@ def gateway(shared_gateway: Gateway, provider: Provider) -> Gateway:
 
 @pytest.fixture
 def start_gateway(tmp_path: Path, provider: Provider) -> Iterator[StartGateway]:
-    """Starts gateways of this test's own: `start_gateway(policy=..., workers=...)`."""
+    """Starts gateways of this test's own: `start_gateway(policy=..., workers=...)`. `python=()`: as they ship."""
     started: list[Gateway] = []
 
     def start(**options: Any) -> Gateway:
@@ -55,6 +56,7 @@ def start_gateway(tmp_path: Path, provider: Provider) -> Iterator[StartGateway]:
             options.pop("providers", None) or providers(provider.url),
             options.pop("policy", None) or policy(),
         )
+        options.setdefault("python", PATIENT)
         gateway = Gateway(tmp_path / f"gateway-{len(started)}", *files, **options)
         started.append(gateway)
         gateway.start()

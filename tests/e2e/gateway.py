@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from router.adapters.sql.schema import attempts, cost_lines, requests
 
 REPOSITORY = Path(__file__).parents[2]
 SECRET = "0123456789abcdef0123456789abcdef"
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 def providers_yaml(models: Mapping[str, str], providers: Mapping[str, str]) -> str:
@@ -125,7 +126,7 @@ class Gateway:
         self.port = _port(line)
         if self.admin:
             self.admin_port = _port(self._process.stdout.readline())
-        with httpx.Client(timeout=2) as http:
+        with httpx.Client(timeout=10) as http:
 
             def is_ready() -> bool:
                 if self._process is not None and self._process.poll() is not None:
@@ -144,7 +145,7 @@ class Gateway:
             return 0
         process.terminate()
         try:
-            status = process.wait(40)
+            status = process.wait(90)
         except subprocess.TimeoutExpired:
             process.kill()
             status = process.wait()
@@ -194,7 +195,7 @@ class Gateway:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
         )
 
     # -- talking to it --
@@ -259,8 +260,19 @@ class Gateway:
         with self.engine.connect() as connection:
             return [dict(row) for row in connection.execute(sa.select(cost_lines)).mappings()]
 
+    def in_flight(self) -> int:
+        """Requests that are admitted and not in the ledger yet, as the gateway says."""
+        with httpx.Client(base_url=self.url, timeout=PATIENCE) as http:
+            shown = http.get("/metrics").text
+        found = re.search(r"^farthing_journal_unsettled(?:\{[^}]*\})? ([0-9.]+)$", shown, re.M)
+        return 0 if found is None else int(float(found[1]))
+
+    def booked(self) -> None:
+        """Waits until every request that was admitted is in the ledger."""
+        until(lambda: self.in_flight() == 0, "nothing is left in the journal")
+
     def settled(self) -> None:
-        """Waits until nothing is left in the journal."""
+        """As `booked`, by what the report says."""
 
         def empty() -> bool:
             report = json.loads(self.cli("report", "spend", "--format", "json").stdout)

@@ -79,7 +79,7 @@ class Provider:
         if not self.origin:
             raise RuntimeError("the simulated provider did not start")
         self.url = f"{self.origin}/v1"
-        self._http = httpx.Client(base_url=self.origin, timeout=30)
+        self._http = httpx.Client(base_url=self.origin, timeout=120)
 
     def set(self, model: str, **settings: Any) -> None:
         self._http.post("/control", json={"model": model, **settings}).raise_for_status()
@@ -117,7 +117,7 @@ class Provider:
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         try:
-            self._process.wait(5)
+            self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

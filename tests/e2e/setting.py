@@ -36,7 +36,7 @@ _QUALITY = {
     "middle": ("0.97", "0.93", "0.75"),
     "frontier": ("0.99", "0.97", "0.94"),
 }
-_TIMEOUTS = "timeouts: {{ connect: 5s, first_token: {first_token}, idle: {idle}, total: 40s }}"
+_TIMEOUTS = "timeouts: {{ connect: 20s, first_token: {first_token}, idle: {idle}, total: 40s }}"
 _SIZE = "context: 128000, max_output: 16384, supports: [tools, json_schema, vision]"
 
 
@@ -52,7 +52,7 @@ def model(name: str, provider: str = "sim") -> str:
 
 def providers(url: str) -> str:
     """Three good models, one slow one, and one for each fault, at a provider of its own each."""
-    named = {"sim": f'{{ wire: openai, base_url: "{url}" }}'}
+    named = {"sim": f'{{ wire: openai, base_url: "{url}", timeouts: {{ connect: 20s }} }}'}
     models = {name: model(name) for name in PRICES}
     models["slow"] = f'{{ provider: sim, name: slow, {_SIZE}, price: {{ input: "1", output: "4" }} }}'
     for fault in FAULTS:
@@ -68,7 +68,10 @@ def providers(url: str) -> str:
 
 
 def policy(defaults: str = "", teams: str = "", more: str = "") -> str:
-    """`defaults` continues the mapping of that name; `teams` and `more` are whole lines."""
+    """`defaults` continues the mapping of that name; `teams` and `more` are whole lines.
+
+    No class asks for speed: a machine that stands still for a moment would change the choice of the model.
+    """
     bad = ", ".join(f"bad-{fault.replace('_', '-')}" for fault in FAULTS)
     return f"""\
 apiVersion: farthing/v1
@@ -76,9 +79,9 @@ currency: USD
 baseline: frontier
 aliases: {{ gpt-4o: middle }}
 classes:
-  simple:  {{ min_quality: 0.90 }}
-  medium:  {{ min_quality: 0.90 }}
-  complex: {{ min_quality: 0.90 }}
+  simple:  {{ min_quality: 0.90, first_token_p95: none }}
+  medium:  {{ min_quality: 0.90, first_token_p95: none }}
+  complex: {{ min_quality: 0.90, first_token_p95: none }}
 defaults:
   allow: [small, middle, frontier, slow, {bad}]
   fallback: [middle]

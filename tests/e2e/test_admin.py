@@ -25,6 +25,7 @@ import pytest
 
 from router.simulate import Running, application, parse_model
 from router.simulate import serve as simulate
+from tests.steady import Stopwatch
 
 ADMIN_KEY = "admin-key-of-this-test-0123456789"
 MODELS = ("small", "middle", "frontier")
@@ -49,9 +50,9 @@ POLICY = """
 apiVersion: farthing/v1
 baseline: frontier
 classes:
-  simple: { min_quality: 0.90 }
-  medium: { min_quality: 0.90 }
-  complex: { min_quality: 0.90 }
+  simple: { min_quality: 0.90, first_token_p95: none }
+  medium: { min_quality: 0.90, first_token_p95: none }
+  complex: { min_quality: 0.90, first_token_p95: none }
 defaults: { allow: [small, middle, frontier] }
 teams:
   search: { budget: { month: 3000, hard_cap: 3300 } }
@@ -107,7 +108,7 @@ class Gateway:
     def _ask(
         self, port: int, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
     ) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         try:
             connection.request(method, path, body, dict(headers))
             reply = connection.getresponse()
@@ -117,7 +118,7 @@ class Gateway:
 
     def booked(self, request_id: str) -> Answer:
         """A request a moment after it was answered."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while True:
             answer = self.admin("GET", f"/admin/requests/{request_id}")
             if answer.status != 503 or time.monotonic() > deadline:
@@ -138,9 +139,9 @@ def provider_url() -> Iterator[str]:
     async def start() -> Running:
         return await simulate(application([parse_model(name) for name in MODELS]))
 
-    running = asyncio.run_coroutine_threadsafe(start(), loop).result(20)
+    running = asyncio.run_coroutine_threadsafe(start(), loop).result(60)
     yield running.url
-    asyncio.run_coroutine_threadsafe(running.close(), loop).result(20)
+    asyncio.run_coroutine_threadsafe(running.close(), loop).result(60)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(20)
     loop.close()
@@ -173,7 +174,7 @@ def gateway(provider_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
         assert process.stdout is not None
         ports = [int(re.findall(r":(\d+)/", process.stdout.readline())[0]) for _ in range(2)]
         found = Gateway(config, folder / "data", ports[0], ports[1], log)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while True:
             try:
                 if found._ask(found.port, "GET", "/readyz", None, {}).status == 200:
@@ -187,7 +188,7 @@ def gateway(provider_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(20)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -280,10 +281,10 @@ def test_a_created_key_works_at_once_and_a_revoked_one_stops(gateway: Gateway) -
     revoked = gateway.admin("DELETE", f"/admin/keys/{created['id']}")
     assert revoked.status == 200
     assert revoked.json["revoked_at"] is not None
-    deadline = time.monotonic() + 5
-    while gateway.chat(created["key"], "Say hello.").status != 401:
-        assert time.monotonic() < deadline, "a revoked key works for more than 5 s"
-        time.sleep(0.2)
+    with Stopwatch() as watch:
+        while gateway.chat(created["key"], "Say hello.").status != 401:
+            assert watch.seconds < 5, "a revoked key works for more than 5 s"
+            time.sleep(0.2)
 
 
 def test_an_adopted_key_works_and_is_never_written_down(gateway: Gateway) -> None:
@@ -428,7 +429,7 @@ def run_command(gateway: Gateway, *arguments: str) -> subprocess.CompletedProces
         env=gateway_environment(gateway.data),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
 
@@ -541,7 +542,7 @@ def test_fastapi_is_not_imported_before_the_first_admin_request(provider_url: st
                 url = f"http://127.0.0.1:{sock.getsockname()[1]}{path}"
                 asked = urllib.request.Request(url, headers={"authorization": f"Bearer {key}"})
                 try:
-                    with urllib.request.urlopen(asked, timeout=20) as reply:
+                    with urllib.request.urlopen(asked, timeout=60) as reply:
                         return reply.status
                 except urllib.error.HTTPError as error:
                     return error.code
@@ -567,7 +568,7 @@ def test_fastapi_is_not_imported_before_the_first_admin_request(provider_url: st
         env=gateway_environment(tmp_path / "data"),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import re
 from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
-import httpx
 import pytest
 
 from benchmarks.acceptance.common import Answer, ask, session
 from tests.contracts.valkey_server import ValkeyServer
-from tests.e2e.gateway import Gateway, until
+from tests.e2e.gateway import Gateway
 from tests.e2e.provider import Provider
 from tests.e2e.setting import FAULTS, policy
 
@@ -78,14 +76,7 @@ async def test_what_must_hold_holds(
     assert sum(answer.status == 0 for _, answer in answers if not answer.left) == 0
     assert all(answer.status in (402, 429) for team, answer in answers if team == "shut" and answer.status)
 
-    def settled() -> bool:
-        with httpx.Client(base_url=gateway.url) as http:
-            found = re.search(
-                r"^farthing_journal_unsettled(?:\{[^}]*\})? ([0-9.]+)$", http.get("/metrics").text, re.M
-            )
-        return found is not None and float(found[1]) == 0
-
-    await asyncio.to_thread(until, settled, "nothing is left in the journal", 20)
+    await asyncio.to_thread(gateway.booked)
     rows = {row["id"]: row for row in gateway.rows()}
     assert {a.id for _, a in answers if a.status == 200} <= set(rows)
     tried = Counter(attempt["request_id"] for attempt in gateway.attempts())

@@ -5,9 +5,10 @@ database, so that a test knows which of them a request reaches.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -16,11 +17,16 @@ import pytest
 from benchmarks.acceptance.common import Answer, ask, session
 from tests.contracts.valkey_server import ValkeyServer
 from tests.e2e.gateway import Gateway, until
+from tests.e2e.patient import PATIENT
 from tests.e2e.provider import Provider
 from tests.e2e.setting import policy, providers
+from tests.steady import Stopwatch
 
 Unique = Callable[[str], str]
 WORKERS = 3
+
+JOIN = 1.0
+"""Seconds in which all that were sent find the call they share. Before its answer begins, where that matters."""
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +44,7 @@ def started(
                 policy(),
                 database_url=f"sqlite:///{folder / 'farthing.db'}",
                 redis_url=server.url,
+                python=PATIENT,
             )
             gateways.append(gateway)
             gateway.start()
@@ -52,7 +59,7 @@ def started(
 def workers(started: tuple[list[Gateway], ValkeyServer], provider: Provider) -> list[Gateway]:
     gateways, server = started
     server.command("FLUSHALL")
-    time.sleep(0.7)  # until each has its inbox again
+    until(lambda: server.command("KEYS", "farthing:inbox:*") == b"*%d" % WORKERS, "each has its inbox again")
     return gateways
 
 
@@ -71,6 +78,12 @@ async def ask_all(
 
     async with session() as http:
         return list(await asyncio.gather(*(one(http, number) for number in range(len(bodies)))))
+
+
+@contextlib.asynccontextmanager
+async def changed(provider: Provider, **settings: Any) -> AsyncIterator[None]:
+    with provider.changed("slow", **settings):
+        yield
 
 
 def text_of(answer: Answer) -> str:
@@ -122,11 +135,11 @@ async def test_the_client_that_began_it_leaves_and_the_others_are_served(
     workers: list[Gateway], provider: Provider, unique: Unique, stream: bool
 ) -> None:
     key, content = workers[0].key("search"), unique("Hi")
-    async with session() as http:
+    async with session() as http, changed(provider, first_token=3.0):
         first = asyncio.create_task(ask(http, workers[0].url, key, body(content, stream=stream)))
         await asyncio.to_thread(until, provider.log, "the call is made")
         others = asyncio.create_task(ask_all(workers[1:], key, [body(content, stream=stream)] * 10))
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(JOIN)
         first.cancel()
         answers = await others
     assert [answer.status for answer in answers] == [200] * 10
@@ -141,19 +154,21 @@ async def test_the_call_is_cancelled_when_the_last_one_anywhere_has_left(
     workers: list[Gateway], provider: Provider, unique: Unique
 ) -> None:
     key, content = workers[0].key("search"), unique("Hi")
-    asked = body(content, stream=True, max_tokens=100)
-    async with session() as http:
+    asked = body(content, stream=True, max_tokens=2000)
+    async with session() as http, changed(provider, typical=2000):
         readers = []
         for gateway in workers:
             readers.append(asyncio.create_task(ask(http, gateway.url, key, asked)))
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(JOIN)
+        await asyncio.to_thread(until, provider.log, "the call is made")
         (call,) = provider.log()
         for reader in readers:
             reader.cancel()
             await asyncio.sleep(0.3)
-    row = workers[0].row(call["request_id"])
+    with Stopwatch() as watch:
+        row = workers[0].row(call["request_id"])
     assert (row["status"], row["estimated"]) == ("cancelled", True)
-    assert row["duration_ms"] < 2500
+    assert watch.seconds < 2.5
     assert len(provider.log()) == 1
 
 
@@ -206,17 +221,18 @@ async def test_a_worker_that_is_killed_fails_only_its_own(
 ) -> None:
     key, content = workers[0].key("search"), unique("Hi")
     asked = body(content, stream=True)
-    with provider.changed("slow", first_token=2.0):
+    with provider.changed("slow", first_token=4.0):
         async with session() as http:
             doomed = asyncio.create_task(ask(http, workers[0].url, key, asked))
             await asyncio.to_thread(until, provider.log, "the call is made")
             others = asyncio.create_task(ask_all(workers[1:], key, [asked] * 10))
-            await asyncio.sleep(0.4)
+            await asyncio.sleep(JOIN)
             assert len(provider.log()) == 1
             await asyncio.to_thread(workers[0].kill)
-            began = time.monotonic()
+            provider.set("slow", first_token=2.0)
+            began = asyncio.get_running_loop().time()
             answers = await others
-            seconds = time.monotonic() - began
+            seconds = asyncio.get_running_loop().time() - began
             await doomed
     await asyncio.to_thread(workers[0].start)
     assert [answer.status for answer in answers] == [200] * 10
@@ -226,16 +242,25 @@ async def test_a_worker_that_is_killed_fails_only_its_own(
 
 
 async def test_a_frozen_store_holds_nobody_up(
-    started: tuple[list[Gateway], ValkeyServer], workers: list[Gateway], provider: Provider, unique: Unique
+    start_gateway: Callable[..., Gateway], provider: Provider, unique: Unique, tmp_path: Path
 ) -> None:
-    server = started[1]
-    key = workers[0].key("search")
-    asked = body(unique("Hi"), model="small")
-    server.freeze()
+    server = ValkeyServer()
     try:
+        database = f"sqlite:///{tmp_path / 'farthing.db'}"
+        workers = [
+            start_gateway(redis_url=server.url, database_url=database, python=()) for _ in range(WORKERS)
+        ]
+        key = workers[0].key("search")
+        for gateway in workers:
+            until(lambda g=gateway: g.chat(key, unique("Hi"), model="small").is_success, "the key is known")  # type: ignore[misc]
+        provider.clear()
+        asked = body(unique("Hi"), model="small")
+        server.freeze()
+        began = asyncio.get_running_loop().time()
         answers = await ask_all(workers, key, [asked] * 9)
+        seconds = asyncio.get_running_loop().time() - began
     finally:
-        server.thaw()
+        server.close()
     assert [answer.status for answer in answers] == [200] * 9
-    assert max(answer.seconds for answer in answers) < 2
+    assert seconds < 2
     assert len(provider.log()) <= WORKERS

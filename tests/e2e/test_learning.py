@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from tests.contracts.own_traffic_parts import encoder, prompt_text, read
 from tests.e2e.conftest import StartGateway
 from tests.e2e.gateway import Gateway, until
 from tests.e2e.setting import policy
+from tests.steady import Stopwatch
 from tests.values import replace
 
 LEARN = policy(more="learn: {}")
@@ -42,8 +42,13 @@ def learning(start_gateway: StartGateway) -> Gateway:
 def test_feedback_right_after_the_answer(learning: Gateway, unique: Callable[[str], str]) -> None:
     answer = learning.chat(learning.key("search"), unique("What is the capital of France?"))
     request = answer.headers["x-request-id"]
-    for score in (1, 1, 0.25):
+
+    def given(score: float) -> httpx.Response | None:
         said = give(learning, "search", request_id=request, score=score, comment="x")
+        return None if said.status_code == 503 else said  # not in the ledger in time: to be sent again
+
+    for score in (1, 1, 0.25):
+        said = until(lambda score=score: given(score), "it is taken")  # type: ignore[misc]
         assert (said.status_code, said.json()) == (
             200,
             {"request_id": request, "score": score, "stored": True},
@@ -104,17 +109,17 @@ def test_what_is_learned_is_used_within_five_seconds(learning: Gateway, unique: 
     assert served(9001) == usual
     done = learning.cli("learn")
     assert done.returncode == 0, done.stdout + done.stderr
-    learned = time.monotonic()
-    numbers = iter(range(9002, 9999))
-    until(lambda: served(next(numbers)) != usual, "the learned heads are in use", 8)
-    assert time.monotonic() - learned < 5
+    numbers = iter(range(9002, 19_999))
+    with Stopwatch() as watch:
+        until(lambda: served(next(numbers)) != usual, "the learned heads are in use")
+    assert watch.seconds < 5
     decision = learning.chat(key, prompt_text("greet", 99)).headers["x-farthing-decision"]
     assert "learned success" in decision
 
     # A damaged one is refused, and the one in use stays.
     with learning.engine.begin() as connection:
         connection.execute(sa.update(artefacts).values(sha256="0" * 64))
-    until(lambda: re.search("artefact is refused.*hash", learning.log_path.read_text()), "it is refused", 8)
+    until(lambda: re.search("artefact is refused.*hash", learning.log_path.read_text()), "it is refused")
     assert served(next(numbers)) != usual
     assert learning.cli("learn", "--rollback", "priors").returncode == 0
-    until(lambda: served(next(numbers)) == usual, "the priors decide again", 8)
+    until(lambda: served(next(numbers)) == usual, "the priors decide again")

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ import pytest
 
 from router.adapters.configuration import lint
 from router.adapters.price_catalogue import shipped_catalogue
+from tests.e2e.test_demo import _gets
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -81,7 +81,7 @@ def _bash(text: str, folder: Path, environment: dict[str, str]) -> subprocess.Co
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
 
 
@@ -127,7 +127,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     os.close(side)
     said = ""
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while "Ctrl-C" not in said:
             assert time.monotonic() < end, said
             ready, _, _ = select.select([terminal], [], [], 1)
@@ -139,7 +139,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
         yield Demo(f"http://127.0.0.1:{found.group(1)}/v1")
     finally:
         process.send_signal(signal.SIGINT)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < end:
             ready, _, _ = select.select([terminal], [], [], 0.2)
             if ready:
@@ -160,7 +160,7 @@ def _at(text: str, demo: Demo) -> str:
 def test_the_swap_in_python(demo: Demo, tmp_path: Path) -> None:
     (snippet,) = _of("Swap the base URL", "python")
     run = subprocess.run(
-        [sys.executable, "-c", _at(snippet, demo)], capture_output=True, text=True, timeout=60, cwd=tmp_path
+        [sys.executable, "-c", _at(snippet, demo)], capture_output=True, text=True, timeout=240, cwd=tmp_path
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip()
@@ -171,7 +171,7 @@ def test_the_swap_in_the_shell(demo: Demo, tmp_path: Path) -> None:
     run = _bash(_at(snippet, demo), tmp_path, _environment(tmp_path))
     assert run.returncode == 0, run.stderr
     assert "HTTP/1.1 200" in run.stdout
-    assert "x-farthing-model: small" in run.stdout
+    assert re.search(r"^x-farthing-model: (small|middle)\b", run.stdout, re.M), "by what it has measured"
 
 
 def test_the_swap_in_javascript(demo: Demo, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_the_swap_in_javascript(demo: Demo, tmp_path: Path) -> None:
         pytest.skip(f"npm could not install the openai package: {install.stderr[-200:]}")
     (snippet,) = _of("Swap the base URL", "js")
     (tmp_path / "swap.mjs").write_text(_at(snippet, demo), encoding="utf-8")
-    run = subprocess.run([node, "swap.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    run = subprocess.run([node, "swap.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip()
 
@@ -224,8 +224,7 @@ def test_the_first_real_run_the_report_and_the_doctor(tmp_path: Path) -> None:
         assert served.stdout is not None
         found = re.search(r"http://[\d.]+:\d+", served.stdout.readline())
         assert found is not None
-        with urllib.request.urlopen(f"{found.group()}/readyz", timeout=20) as answer:
-            assert answer.status == 200
+        assert _gets(f"{found.group()}/readyz") == 200
         run = _bash(f"{setup}\n{adopt}", tmp_path, environment)
         assert run.returncode == 0, run.stderr
         assert "sk-the-key" not in run.stdout + run.stderr
@@ -243,7 +242,7 @@ def test_the_first_real_run_the_report_and_the_doctor(tmp_path: Path) -> None:
         assert "database" in run.stdout.lower()
     finally:
         served.terminate()
-        served.wait(timeout=20)
+        served.wait(timeout=60)
 
 
 def test_the_two_files_load_as_printed(tmp_path: Path) -> None:

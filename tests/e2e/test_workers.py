@@ -7,10 +7,10 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 
 import httpx
 import pytest
@@ -18,6 +18,7 @@ import pytest
 from tests.contracts.valkey_server import ValkeyServer
 from tests.e2e.gateway import Gateway, until
 from tests.e2e.provider import Provider
+from tests.steady import Stopwatch
 
 Unique = Callable[[str], str]
 
@@ -64,7 +65,7 @@ def test_a_killed_worker_is_replaced_and_its_requests_are_booked(
         texts = [future.result() for future in asked]
     until(lambda: len(children(workers)) == 2 and victim not in children(workers), "it is replaced")
     called = {call["request_id"] for call in provider.log()}
-    until(lambda: called <= {row["id"] for row in workers.rows()}, "every request has its row", 20)
+    until(lambda: called <= {row["id"] for row in workers.rows()}, "every request has its row")
     statuses = Counter(row["status"] for row in workers.rows())
     assert statuses["complete"] == sum(text.endswith("data: [DONE]\n\n") for text in texts)
     assert statuses["complete"] + statuses["cancelled"] == 16
@@ -75,15 +76,19 @@ def test_a_killed_worker_is_replaced_and_its_requests_are_booked(
 def test_workers_end_with_their_supervisor(workers: Gateway, unique: Unique) -> None:
     left = children(workers)
     workers.kill()
-    until(lambda: not any(running(pid) for pid in left), "the workers end", 10)
+    until(lambda: not any(running(pid) for pid in left), "the workers end")
     workers.start()
     assert workers.chat(workers.key("search"), unique("Hi")).status_code == 200
 
 
-def test_metrics_are_summed_and_caches_are_shared(workers: Gateway, unique: Unique) -> None:
+def test_metrics_are_summed_and_caches_are_shared(
+    workers: Gateway, valkey_server: ValkeyServer, unique: Unique
+) -> None:
+    valkey_server.command("FLUSHALL")
     key, content = workers.key("search"), unique("the same")
     first = workers.chat(key, content, model="small")
-    time.sleep(0.3)
+    # It is written beside the answer.
+    until(lambda: valkey_server.command("KEYS", "farthing:cache:*") != b"*0", "it is stored")
     # Each on a connection of its own, so that both workers answer.
     again = [workers.chat(key, content, model="small") for _ in range(19)]
     assert {answer.headers["x-farthing-cache"] for answer in again} == {"exact"}
@@ -96,6 +101,7 @@ def test_metrics_are_summed_and_caches_are_shared(workers: Gateway, unique: Uniq
             float(n) for n in re.findall(r"^farthing_requests_total\{[^}]*\} ([0-9.e+]+)$", text, re.M)
         )
 
+    until(lambda: counted() >= 20, "all are counted")
     assert {counted() for _ in range(10)} == {20.0}
 
 
@@ -113,23 +119,26 @@ def test_a_frozen_valkey_costs_little(
 ) -> None:
     server = ValkeyServer()
     try:
-        gateway = start_gateway(redis_url=server.url)
+        gateway = start_gateway(redis_url=server.url, python=())
         key = gateway.key("search")
-        assert gateway.chat(key, unique("Hi"), model="small").status_code == 200
+
+        def seconds() -> float:
+            with Stopwatch() as watch:
+                assert gateway.chat(key, unique("Hi"), model="small").status_code == 200
+            return watch.seconds
+
+        until(lambda: gateway.chat(key, "Hi", model="small").status_code == 200, "the key is known")
+        usual = median(seconds() for _ in range(10))
         server.freeze()
-        seconds = []
-        for _ in range(20):
-            began = time.monotonic()
-            assert gateway.chat(key, unique("Hi"), model="small").status_code == 200
-            seconds.append(time.monotonic() - began)
-        assert sorted(seconds)[-3] < 0.3, seconds
+        frozen = [seconds() for _ in range(20)]
+        assert sorted(frozen)[-3] < 0.25 + 2 * usual, (usual, frozen)
         server.thaw()
         content = unique("cached again")
 
         def cached() -> bool:
             return gateway.chat(key, content, model="small").headers["x-farthing-cache"] == "exact"
 
-        until(cached, "the cache is back", 15)
+        until(cached, "the cache is back")
     finally:
         server.thaw()
         server.close()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime, timedelta
 
 import pytest
 
-from router.adapters.redis_store import RedisConnection, RedisSemanticStore, connect
+from router.adapters.redis_store import RedisConnection, RedisSemanticStore
+from router.adapters.system import SystemClock
 from router.core.cached import Origin, SemanticEntry
 from router.core.errors import UnavailableError
-from tests.contracts.valkey_server import ValkeyServer
+from tests.contracts.valkey_server import LIMIT, PATIENCE, ValkeyServer, patient
 from tests.values import replace
 
 QUOTA = 10_000_000
@@ -21,12 +22,11 @@ BODY = b'{"choices": []}'
 RATE = 50
 
 
-class RunningClock:
-    def monotonic(self) -> float:
-        return time.monotonic()
+class LaterClock(SystemClock):
+    later = timedelta()
 
     def now(self) -> datetime:
-        return datetime.now(UTC)
+        return super().now() + self.later
 
 
 class Heard:
@@ -72,36 +72,24 @@ def entry_of(partition: str = "partition", tenant: str = "tenant", ttl: float = 
 
 
 @pytest.fixture
-def server() -> Iterator[ValkeyServer]:
-    server = ValkeyServer()
-    try:
-        yield server
-    finally:
-        server.close()
-
-
-@pytest.fixture
-async def connection(server: ValkeyServer) -> AsyncIterator[RedisConnection]:
-    connection = connect(server.url)
-    yield connection
-    await connection.close()
-
-
-@pytest.fixture
 async def store(connection: RedisConnection) -> AsyncIterator[RedisSemanticStore]:
-    store = RedisSemanticStore(connection, RunningClock())
+    store = RedisSemanticStore(connection, SystemClock())
     yield store
     await store.close()
 
 
-async def until(condition: Callable[[], object], seconds: float = 5.0) -> float:
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def until(condition: Callable[[], object], seconds: float = 60.0) -> float:
     """Seconds until the condition held."""
-    began = time.monotonic()
+    began = now()
     while not condition():
-        if time.monotonic() - began > seconds:
+        if now() - began > seconds:
             raise AssertionError(f"it did not come to pass within {seconds} s")
         await asyncio.sleep(0.01)
-    return time.monotonic() - began
+    return now() - began
 
 
 async def written(store: RedisSemanticStore) -> None:
@@ -115,23 +103,23 @@ async def test_a_frozen_server_costs_fifty_milliseconds_once(
     for entry in entries:
         store.put(entry, BODY, QUOTA)
     await written(store)
-    server.freeze()
-    began = time.monotonic()
+    server.freeze(connection)
+    began = now()
     bodies = await asyncio.gather(*(store.body(entry) for entry in entries), store.load("partition"))
     # 50 ms, and what a loaded machine adds.
-    assert time.monotonic() - began < 0.3
+    assert now() - began < 0.3
     assert bodies == [BODY] * 50 + [None]
-    began = time.monotonic()
+    began = now()
     for entry in entries:
         assert await store.body(entry) == BODY
         store.served(entry)
         store.put(entry_of(), BODY, QUOTA)
         assert await store.load("partition") is None
-    assert time.monotonic() - began < 0.1
+    assert now() - began < 0.1
     assert not store.up
     with pytest.raises(UnavailableError):
         await store.size()
-    server.thaw()
+    server.thaw(connection)
     await until(lambda: store.up)
     assert connection.status().failures == 1
     loaded = await store.load("partition")
@@ -142,15 +130,15 @@ async def test_a_frozen_server_costs_fifty_milliseconds_once(
 async def test_what_is_removed_while_redis_is_away_stays_removed(
     server: ValkeyServer, connection: RedisConnection, store: RedisSemanticStore
 ) -> None:
-    other_connection = connect(server.url)
-    other = RedisSemanticStore(other_connection, RunningClock())
+    other_connection = patient(server.url)
+    other = RedisSemanticStore(other_connection, SystemClock())
     heard = Heard()
     store.listen(heard)
     one, two, three = entry_of(), entry_of(), entry_of()
     for entry in (one, two, three):
         store.put(entry, BODY, QUOTA)
     await written(store)
-    server.freeze()
+    server.freeze(connection)
     assert await store.body(one) == BODY
     with pytest.raises(UnavailableError):
         await store.remove("partition", one.id)
@@ -160,7 +148,7 @@ async def test_what_is_removed_while_redis_is_away_stays_removed(
     assert one.id not in heard.entries
     store.put(one, BODY, QUOTA)
     assert await store.body(one) is None
-    server.thaw()
+    server.thaw(connection)
     await until(lambda: store.up)
     # It was removed in Redis before anybody was let at it again, so for all workers.
     assert [await other.body(entry) for entry in (one, two, three)] == [None, None, BODY]
@@ -171,9 +159,11 @@ async def test_what_is_removed_while_redis_is_away_stays_removed(
 
 
 async def test_memory_serves_nobody_else_and_nothing_expired(
-    server: ValkeyServer, store: RedisSemanticStore
+    server: ValkeyServer, connection: RedisConnection
 ) -> None:
-    entry, short = entry_of(), entry_of(ttl=0.4)
+    clock = LaterClock()
+    store = RedisSemanticStore(connection, clock)
+    entry, short = entry_of(), entry_of(ttl=30)
     for each in (entry, short):
         store.put(each, BODY, QUOTA)
     await written(store)
@@ -181,13 +171,14 @@ async def test_memory_serves_nobody_else_and_nothing_expired(
     assert await store.body(short) == BODY
     assert await store.body(replace(entry, partition="other")) is None
     assert await store.body(replace(entry, tenant="other")) is None
-    await asyncio.sleep(0.4)
+    clock.later = timedelta(seconds=31)
     assert await store.body(short) is None
     assert await store.body(entry) == BODY
+    await store.close()
 
 
 async def test_memory_is_bounded(server: ValkeyServer, connection: RedisConnection) -> None:
-    store = RedisSemanticStore(connection, RunningClock(), memory_bytes=10_000)
+    store = RedisSemanticStore(connection, SystemClock(), memory_bytes=10_000)
     entries = [entry_of() for _ in range(10)]
     for entry in entries:
         store.put(entry, b"x" * 1600, QUOTA)
@@ -199,7 +190,7 @@ async def test_memory_is_bounded(server: ValkeyServer, connection: RedisConnecti
 
 
 async def test_a_server_restarted_empty_is_filled_anew(
-    server: ValkeyServer, store: RedisSemanticStore
+    server: ValkeyServer, connection: RedisConnection, store: RedisSemanticStore
 ) -> None:
     heard = Heard()
     store.listen(heard)
@@ -224,9 +215,9 @@ async def test_a_server_restarted_empty_is_filled_anew(
     assert await store.load("partition") == (after,)
     assert await store.body(after) == BODY
     # Nor does memory know what was emptied.
-    server.freeze()
+    server.freeze(connection)
     assert [await store.body(entry) for entry in (before, alone, after)] == [None, None, BODY]
-    server.thaw()
+    server.thaw(connection)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +252,7 @@ async def test_a_server_that_takes_no_writes_counts_as_away(
 
 
 async def test_puts_that_wait_are_bounded(server: ValkeyServer, connection: RedisConnection) -> None:
-    store = RedisSemanticStore(connection, RunningClock(), max_pending=5)
+    store = RedisSemanticStore(connection, SystemClock(), max_pending=5)
     entries = [entry_of() for _ in range(20)]
     for entry in entries:
         store.put(entry, BODY, QUOTA)
@@ -277,8 +268,8 @@ async def test_under_use_nothing_fails_and_nothing_waits(
     server: ValkeyServer, connection: RedisConnection, store: RedisSemanticStore, fault: str
 ) -> None:
     """Two workers, look-ups, puts, hits and removals at a rate, the fault in the middle."""
-    other_connection = connect(server.url)
-    other = RedisSemanticStore(other_connection, RunningClock())
+    other_connection = patient(server.url)
+    other = RedisSemanticStore(other_connection, SystemClock())
     known = [entry_of() for _ in range(40)]
     for entry in known:
         store.put(entry, BODY, QUOTA)
@@ -291,11 +282,11 @@ async def test_under_use_nothing_fails_and_nothing_waits(
     async def ask(number: int) -> None:
         worker = (store, other)[number % 2]
         entry = known[number % len(known)]
-        began = time.monotonic()
+        began = now()
         body = await worker.body(entry)
         if number % 5 == 0:
             await worker.load("partition")
-        waits.append(time.monotonic() - began)
+        waits.append(now() - began)
         if body not in (None, BODY) or (body is not None and entry in removed):
             wrong.append((entry.id, body))
         worker.put(entry_of(), BODY, QUOTA)
@@ -323,7 +314,10 @@ async def test_under_use_nothing_fails_and_nothing_waits(
         return await asyncio.gather(*asks, return_exceptions=True)
 
     using = asyncio.create_task(use())
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.3)
+    for each in (connection, other_connection):
+        each._timeout = LIMIT
+    await asyncio.sleep(0.2)
     if fault == "frozen":
         server.freeze()
     elif fault == "read-only":
@@ -345,6 +339,8 @@ async def test_under_use_nothing_fails_and_nothing_waits(
     await asyncio.sleep(0.5)
     stop.set()
     outcomes = await using
+    for each in (connection, other_connection):
+        each._timeout = PATIENCE
     assert [outcome for outcome in outcomes if outcome is not None] == []
     assert not wrong
     assert recovery < 5
@@ -368,7 +364,7 @@ async def test_long_prompts_are_read_in_pieces_that_hold_nobody_up(
     for entry in entries:
         store.put(entry, BODY, QUOTA)
     await written(store)
-    beside = connect(server.url)
+    beside = patient(server.url)
     execute, sizes = beside.execute, []
 
     async def measured(*words: str | bytes | int, trial: bool = False) -> object:
@@ -378,7 +374,7 @@ async def test_long_prompts_are_read_in_pieces_that_hold_nobody_up(
         return reply
 
     monkeypatch.setattr(beside, "execute", measured)
-    other = RedisSemanticStore(beside, RunningClock())
+    other = RedisSemanticStore(beside, SystemClock())
     loaded = await other.load("partition")
     await other.close()
     await beside.close()

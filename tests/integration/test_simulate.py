@@ -59,7 +59,7 @@ async def client(running: Running) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 async def ended(running: Running) -> Call:
-    for _ in range(200):
+    for _ in range(3000):
         if running.app.log and running.app.log[-1].ended is not None:
             return running.app.log[-1]
         await asyncio.sleep(0.01)
@@ -269,16 +269,19 @@ async def test_a_conversation_seen_before_is_cached(client: openai.AsyncOpenAI, 
 
 async def test_latency_follows_the_settings(client: openai.AsyncOpenAI, running: Running) -> None:
     await control(running, model="m", first_token="120ms", tps=100)
-    started = time.monotonic()
+    loop = asyncio.get_running_loop()
+    started, began = time.monotonic(), loop.time()
     first = None
     async for chunk in await client.chat.completions.create(
         model="m", messages=ASK, stream=True, max_tokens=10
     ):
         if first is None and chunk.choices and chunk.choices[0].delta.content:
-            first = time.monotonic() - started
+            first = time.monotonic() - started, loop.time() - began
     assert first is not None
-    assert 0.11 < first < 0.5
-    assert 0.2 < time.monotonic() - started < 0.8
+    assert first[0] > 0.11
+    assert first[1] < 0.5
+    assert time.monotonic() - started > 0.2
+    assert loop.time() - began < 0.8
 
 
 async def test_control_changes_at_once_and_refuses_nonsense(running: Running) -> None:
@@ -321,7 +324,7 @@ async def test_a_fault_strikes_as_often_as_asked(client: openai.AsyncOpenAI, run
 async def test_every_fault_ends_and_is_logged(running: Running, fault: str, stream: bool) -> None:
     await control(running, model="m", fault=fault, silence="20ms")
     body = {"model": "m", "messages": ASK, "stream": stream}
-    timeout = aiohttp.ClientTimeout(total=0.3 if fault.startswith("stall") else 5)
+    timeout = aiohttp.ClientTimeout(total=1 if fault.startswith("stall") else 60)
     headers = {"authorization": "Bearer sk-simulated"}
     outcome = "whole"
     try:
@@ -354,11 +357,11 @@ async def test_a_client_that_leaves_is_noticed(client: openai.AsyncOpenAI, runni
     async for _ in stream:
         break
     await stream.close()
-    started = time.monotonic()
+    started = asyncio.get_running_loop().time()
     call = await ended(running)
     assert call.client_left
     assert not call.complete
-    assert time.monotonic() - started < 1
+    assert asyncio.get_running_loop().time() - started < 1
 
 
 async def test_the_log_over_http_and_in_a_file(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class Installed:
             env={**kept, "HOME": str(self.elsewhere), **variables},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             check=False,
             stdin=subprocess.DEVNULL,
         )

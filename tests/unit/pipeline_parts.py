@@ -99,7 +99,7 @@ GOOD_ANSWER = json.dumps(
 
 
 class Script:
-    """One answer: `parts` are bytes, seconds to wait, or an exception to raise."""
+    """One answer: `parts` are bytes, seconds to wait, what is to be waited for, or an exception to raise."""
 
     def __init__(self, *parts: Any, status: int = 200, **headers: str) -> None:
         self.parts = parts
@@ -120,6 +120,8 @@ class _Reply:
                 yield part
             elif isinstance(part, BaseException):
                 raise part
+            elif callable(part):
+                await part()
             else:
                 await asyncio.sleep(part)
 
@@ -265,7 +267,7 @@ class Rig:
         return sum(reading.held for reading in readings)
 
 
-async def eventually(found: Callable[[], Any], seconds: float = 3.0) -> Any:
+async def eventually(found: Callable[[], Any], seconds: float = 60.0) -> Any:
     end = asyncio.get_running_loop().time() + seconds
     while not (answer := found()):
         assert asyncio.get_running_loop().time() < end, "waited in vain"

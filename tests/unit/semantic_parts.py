@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-import time
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +59,8 @@ class PlainLikeness:
     def __init__(self) -> None:
         self.id = "plain"
         self.ready = True
-        self.slow = 0.0
+        self.go_on = threading.Event()
+        self.go_on.set()
         self.ranked: list[str] = []
         self.made: list[str] = []
         self.sketched: list[str] = []
@@ -86,7 +87,7 @@ class PlainLikeness:
         least: float | None = None,
         owner: str = "",
     ) -> Ranking:
-        time.sleep(self.slow)
+        assert self.go_on.wait(60)
         self.ranked.append(text)
         judged, refused = [], 0
         for at, one in enumerate(stored):
@@ -157,7 +158,11 @@ class SemanticRig(Rig):
         self.pipeline = cast(Pipeline, dataclasses.replace(self.pipeline, **stages))
 
     def says(self, *texts: str, model: str = "cheap") -> None:
-        self.wire.scripts[model] = [Script(0.02, said(text)) for text in texts]
+        """What `model` answers, in turn; a look-up beside the call is over by then."""
+        self.wire.scripts[model] = [Script(self.looked_up, said(text)) for text in texts]
+
+    async def looked_up(self) -> None:
+        await asyncio.gather(*self.semantic._tasks)
 
     async def chat(self, text: str, team: str = "search", **fields: Any) -> str:
         """What was said. Everything that happens beside and after it is over."""

@@ -110,6 +110,7 @@ async def test_a_call_cancelled_before_its_first_step_still_lands_once() -> None
     landed: list[Flight] = []
     flight = fly(run, landed)
     flight.subscribe().close()  # before the loop ran once
+    await eventually(lambda: landed)
     await asyncio.sleep(0.01)
     assert landed == [flight]
 
@@ -151,6 +152,7 @@ async def test_a_slow_reader_holds_the_call_back() -> None:
 
     flight = fly(run)
     subscription = flight.subscribe()
+    await eventually(lambda: flight._produced > AHEAD)
     await asyncio.sleep(0.02)
     assert AHEAD < flight._produced <= AHEAD + 10_000
     assert len(await read(subscription)) == 1_000_000

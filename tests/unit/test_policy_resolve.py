@@ -403,10 +403,10 @@ def test_the_memo_is_bounded_and_fast() -> None:
 
 
 def _seconds(found: CompiledSnapshot) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     for _ in range(1000):
         found.resolve("t", "x", {}, NOW)
-    return (time.perf_counter() - start) / 1000
+    return (time.thread_time() - start) / 1000
 
 
 def test_what_holds_can_be_described_as_plain_data() -> None:

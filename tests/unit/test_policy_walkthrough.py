@@ -24,7 +24,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
         "FARTHING_DATA_DIR": str(tmp_path / "data"),
     }
     done = subprocess.run(
-        ["bash", "-eu"], input=script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        ["bash", "-eu"], input=script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("No problems found.") == 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from router.core.ports import UpstreamCall
@@ -36,14 +36,15 @@ class KnownLikeness(PlainLikeness):
 class KnownWire:
     """Answers as the stored prompt is answered, but for the numbers in `wrong`."""
 
-    def __init__(self, wrong: frozenset[int]) -> None:
+    def __init__(self, wrong: frozenset[int], looked_up: Callable[[], Awaitable[None]]) -> None:
         self._wrong = wrong
+        self.looked_up = looked_up
         self.calls = 0
 
     async def send(self, call: UpstreamCall) -> _Reply:
         self.calls += 1
         words = json.loads(call.body)["messages"][-1]["content"].split()
-        await asyncio.sleep(0.03)
+        await self.looked_up()
         right = len(words) == 2 or int(words[2]) not in self._wrong
         return _Reply(Script(said("the same" if right else "something else")))
 
@@ -57,7 +58,7 @@ async def test_what_a_certified_scope_serves_holds_its_bound() -> None:
     rig = SemanticRig(policy("certified", cache="max_error: 5%, check: 50%", more=more))
     likeness = KnownLikeness()
     rig.semantic._likeness = likeness
-    wire = KnownWire(wrong)
+    wire = KnownWire(wrong, rig.looked_up)
     rig.shadows._dispatch._wires["openai"] = wire  # type: ignore[index]
     rig.draws = draw.random
     booked = 0

@@ -215,10 +215,10 @@ def test_looking_at_an_answer_is_quick() -> None:
         (asked(), answer("sorry, " * 57), False),
     ]
     for request, body, streamed in many:
-        started = time.perf_counter()
+        started = time.thread_time()
         for _ in range(20):
             signals(request, body, streamed)
-        assert (time.perf_counter() - started) / 20 < 0.005
+        assert (time.thread_time() - started) / 20 < 0.005
 
 
 _values = st.recursive(
