@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import structs
+
 from router.core.decide import DEFAULT_OUTPUT_TOKENS
 from router.core.errors import (
     ContextExceeded,
@@ -299,7 +301,14 @@ class Dispatch:
                 trial.reported = _credible(exchange, trial, facts.usage, facts.usage_contradicts)
             raise UpstreamError("protocol", "the answer holds no choice")
         usage, estimated = (
-            _credible(exchange, trial, facts.usage, facts.usage_contradicts, facts.output_characters)
+            _credible(
+                exchange,
+                trial,
+                facts.usage,
+                facts.usage_contradicts,
+                facts.output_characters,
+                facts.output_tokens,
+            )
             if facts.usage is not None
             else (self._estimate(exchange, facts.output_tokens), True)
         )
@@ -439,7 +448,14 @@ class Dispatch:
         if trial.reported is not None:
             return trial.reported
         if tap is not None and tap.usage is not None:
-            return _credible(exchange, trial, tap.usage, tap.usage_contradicts, tap.output_characters)
+            return _credible(
+                exchange,
+                trial,
+                tap.usage,
+                tap.usage_contradicts,
+                tap.output_characters,
+                tap.output_tokens,
+            )
         if error in ("connect", "status", "quota", "rejected") or (
             error == "protocol" and (tap is None or not tap.content_frames)
         ):
@@ -489,17 +505,26 @@ class Dispatch:
 
 
 def _credible(
-    exchange: Exchange, trial: _Trial, usage: Usage, contradicts: bool, output_characters: int = 0
+    exchange: Exchange,
+    trial: _Trial,
+    usage: Usage,
+    contradicts: bool,
+    output_characters: int = 0,
+    output_tokens: int = 0,
 ) -> tuple[Usage, bool]:
     """A provider's figures within what request and model leave possible, or what came of the answer proves; and
-    whether they are in doubt.
+    whether they are in doubt. `output_tokens`: what came of it, estimated: that was not written for nothing.
     """
     request, model = exchange.request, trial.model
     most_input = max(request.input_bound, model.context)  # a provider may add words of its own
     most_output = max(request.choices * model.max_output, output_characters)
-    if usage.input_total <= most_input and usage.output_total <= most_output:
-        return usage, contradicts
-    return usage.within(most_input, most_output), True
+    if usage.input_total > most_input or usage.output_total > most_output:
+        usage, contradicts = usage.within(most_input, most_output), True
+    if output_tokens and not usage.output_total:
+        usage, contradicts = structs.replace(usage, output=output_tokens), True
+    if usage.output_total and not usage.input_total:
+        usage, contradicts = structs.replace(usage, input=request.input_tokens), True
+    return usage, contradicts
 
 
 def body_for(exchange: Exchange, model: ModelSpec, provider: ProviderSpec) -> bytes:

@@ -327,6 +327,28 @@ async def test_a_chinese_answer_without_usage_is_estimated_as_a_chinese_prompt(s
     assert (rig.record.usage.output, rig.record.estimated) == (estimate_tokens(text), True)
 
 
+@pytest.mark.parametrize(
+    ("usage", "booked"),
+    [
+        ({"total_tokens": 150}, Usage(input=5, output=3)),
+        ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, Usage(input=5, output=3)),
+        ({"prompt_tokens": 10, "completion_tokens": 0}, Usage(input=10, output=3)),
+        ({"prompt_tokens": 0, "completion_tokens": 4}, Usage(input=5, output=4)),
+        ({"prompt_tokens": "10", "completion_tokens": None}, Usage(input=5, output=3)),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_usage_leaves_out_of_an_answer_is_estimated(
+    stream: bool, usage: dict[str, Any], booked: Usage
+) -> None:
+    rig = Rig()
+    answer = json.dumps({**json.loads(GOOD_ANSWER), "usage": usage}).encode()
+    parts = [*GOOD_STREAM[:3], chunk(usage=usage), DONE] if stream else [answer]
+    rig.wire.scripts["first"] = [Script(*parts)]
+    await rig.ask(stream=stream)
+    assert (rig.record.usage, rig.record.estimated) == (booked, True)
+
+
 # -- money --
 
 
