@@ -146,6 +146,7 @@ class StreamTap:
     __slots__ = (
         "_client_wants_usage",
         "_finished",
+        "_metered",
         "_seen",
         "_splitter",
         "content_frames",
@@ -156,6 +157,7 @@ class StreamTap:
         "output_other",
         "truncated",
         "usage",
+        "usage_at_end",
         "usage_contradicts",
         "usage_raw",
     )
@@ -167,6 +169,7 @@ class StreamTap:
         self._finished: dict[int, str] = {}
         self.usage: Usage | None = None
         self.usage_raw: Mapping[str, Any] | None = None
+        self.usage_at_end = False
         self.usage_contradicts = False
         self.error: StreamFault | None = None
         self.done = False
@@ -175,11 +178,18 @@ class StreamTap:
         self.content_frames = 0
         self.output_characters = 0
         self.output_other = 0
+        self._metered = 0, 0
 
     @property
     def output_tokens(self) -> int:
         """About how many tokens of output have passed."""
         return tokens_of(self.output_characters, self.output_other)
+
+    @property
+    def unmetered_tokens(self) -> int:
+        """About how many of them came after the last usage."""
+        characters, other = self._metered
+        return tokens_of(self.output_characters - characters, self.output_other - other)
 
     @property
     def finish_reasons(self) -> tuple[str | None, ...]:
@@ -246,14 +256,14 @@ class StreamTap:
             return False
         self.first_data_seen = True
         choices = payload.get("choices")
+        if choices:
+            self._count_output(frame, max(frame.find(b'"choices"'), 0))
         self._read_choices(choices)
         usage = payload.get("usage")
         if isinstance(usage, dict) and usage:
             self._take_usage(usage)
             if not choices and not self._client_wants_usage:
                 return False
-        if choices:
-            self._count_output(frame, max(frame.find(b'"choices"'), 0))
         return True
 
     def _read_choices(self, choices: object) -> None:
@@ -278,6 +288,9 @@ class StreamTap:
         read, contradicts = read_usage(usage)
         if read is not None:
             self.usage, self.usage_contradicts = read, contradicts
+            # Some providers send what was used so far with every chunk (vLLM, xAI).
+            self.usage_at_end = bool(self._seen) and len(self._finished) == len(self._seen)
+            self._metered = self.output_characters, self.output_other
 
     def _count_output(self, frame: bytes, start: int) -> None:
         characters = 0

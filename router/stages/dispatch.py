@@ -448,14 +448,10 @@ class Dispatch:
         if trial.reported is not None:
             return trial.reported
         if tap is not None and tap.usage is not None:
-            return _credible(
-                exchange,
-                trial,
-                tap.usage,
-                tap.usage_contradicts,
-                tap.output_characters,
-                tap.output_tokens,
-            )
+            usage, doubted = tap.usage, tap.usage_contradicts or not (tap.usage_at_end or tap.complete)
+            if unmetered := tap.unmetered_tokens:
+                usage, doubted = structs.replace(usage, output=usage.output + unmetered), True
+            return _credible(exchange, trial, usage, doubted, tap.output_characters, tap.output_tokens)
         if error in ("connect", "status", "quota", "rejected") or (
             error == "protocol" and (tap is None or not tap.content_frames)
         ):

@@ -185,6 +185,39 @@ async def test_usage_of_a_cut_stream_is_taken_where_it_was_reported() -> None:
     assert (rig.record.status, rig.record.usage.output) == ("cut", 1)
 
 
+def _metered(text: str, completion: int) -> bytes:
+    said = json.loads(chunk(text)[6:])
+    said["usage"] = {"prompt_tokens": 10, "completion_tokens": completion}
+    return b"data: " + json.dumps(said).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize(
+    ("parts", "output", "estimated"),
+    [
+        ((_metered("Hello", 1), _metered(" there", 7)), 7, True),
+        ((_metered("Hello", 1), chunk(" and much more"), failure("cut")), 1 + 4, True),
+        ((_metered("Hello", 1), chunk(" and much more"), chunk(finish="stop"), DONE), 1 + 4, True),
+        ((_metered("Hello", 1), _metered(" there", 7), chunk(finish="stop"), DONE), 7, False),
+        ((chunk("Hello"), chunk(finish="stop"), chunk(usage=USAGE), failure("cut")), 2, False),
+    ],
+)
+async def test_usage_so_far_is_an_estimate(parts: tuple[Any, ...], output: int, estimated: bool) -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [Script(*parts)]
+    await rig.ask(stream=True)
+    assert (rig.record.usage.output, rig.record.estimated) == (output, estimated)
+
+
+async def test_usage_so_far_of_a_stream_that_is_left_is_an_estimate() -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [Script(_metered("Hello", 1), _metered(" there", 7), 2.0, *GOOD_STREAM)]
+    async with rig.pipeline.answer(rig.inbound(stream=True)) as answer:
+        await anext(answer.frames)
+        await anext(answer.frames)
+    await eventually(lambda: rig.journal.settled)
+    assert (rig.record.status, rig.record.usage.output, rig.record.estimated) == ("cancelled", 7, True)
+
+
 async def test_a_stalled_provider_is_left_in_time() -> None:
     rig = Rig()
     rig.wire.scripts["first"] = [Script(2.0, *GOOD_STREAM)]

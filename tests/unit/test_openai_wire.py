@@ -242,6 +242,19 @@ def test_the_last_usage_wins_and_null_never_does() -> None:
     assert tap.usage == Usage(input=10, output=4)
 
 
+def test_usage_of_a_stream_in_progress_is_told_apart() -> None:
+    early = {"prompt_tokens": 10, "completion_tokens": 1}
+    tap, _ = run([chunk({"content": "a"}, usage=early), chunk({"content": "b"}, usage=USAGE)])
+    assert (tap.usage, tap.usage_at_end, tap.unmetered_tokens) == (Usage(input=10, output=4), False, 0)
+    tap, _ = run([chunk({"content": "a"}, usage=early), chunk({"content": "four more 世"})])
+    assert (tap.usage_at_end, tap.unmetered_tokens) == (False, estimate_tokens("four more 世"))
+    for last in (chunk({"content": "b"}, "stop", usage=USAGE), chunk({}, "stop") + USAGE_FRAME):
+        tap, _ = run([chunk({"content": "a"}, usage=early), last])
+        assert (tap.usage, tap.usage_at_end, tap.unmetered_tokens) == (Usage(input=10, output=4), True, 0)
+    tap, _ = run([chunk({}, "stop", usage=early), chunk({}, index=1, usage=USAGE)])
+    assert not tap.usage_at_end
+
+
 def test_an_answer_that_speaks_of_usage_and_errors_is_no_usage_and_no_error() -> None:
     text = 'say {"usage":{"prompt_tokens":9},"error":{"code":1},"finish_reason":"stop"}'
     tap, _ = run([chunk({"content": text}), chunk({"content": "error"})])
