@@ -239,6 +239,7 @@ class CompiledSnapshot:
             on_unpriced_model=on_unpriced_model,
             cache=cache,
             advise=_first(chain, "advise") or Decimal(0),
+            learns=all(layer.learn is None for layer in chain),
             budgets=self._budgets(team, app, exceptions),
             baseline=policy.baseline,
             cost_center=scope.cost_center,
@@ -693,6 +694,7 @@ def describe(effective: EffectivePolicy) -> dict[str, Any]:
             "check": str(effective.cache.check),
         },
         "advise": str(effective.advise),
+        "learns": effective.learns,
         "budgets": [
             {
                 "key": budget.key,

@@ -143,7 +143,8 @@ class BudgetLimit:
 class EffectivePolicy:
     """What holds for one caller at one moment. `allow` keeps the order of providers.yaml; `excluded` says of
     each other known model what took it out. `fingerprint` changes whenever a cached answer could have been
-    chosen under other rules; it is part of every cache key. `period` is the budget month, e.g. `2026-11`.
+    chosen under other rules; it is part of every cache key. `period` is the budget month, e.g. `2026-11`. `learns`:
+    nothing on the way says `learn: none`.
     """
 
     policy_hash: str
@@ -158,6 +159,7 @@ class EffectivePolicy:
     on_unpriced_model: Literal["block", "allow"]
     cache: CachePolicy
     advise: Decimal
+    learns: bool
     budgets: tuple[BudgetLimit, ...]
     baseline: str | None
     cost_center: str | None

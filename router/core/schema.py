@@ -413,6 +413,7 @@ Semantic = Annotated[
     Literal["never", "shadow", "enforce", "certified"], *_one_of("never", "shadow", "enforce", "certified")
 ]
 Scope = Annotated[Literal["app", "team", "shared"], *_one_of("app", "team", "shared")]
+NoLearning = Annotated[Literal["none"], *_one_of("none")]
 Catalog = Annotated[Literal["catalog"], *_one_of("catalog")]
 
 
@@ -634,6 +635,7 @@ class Settings(Entry):
     on_unpriced_model: OnUnpricedModel | None = None
     cache: CacheEntry = CacheEntry()
     advise: Part | None = None
+    learn: NoLearning | None = None
 
     @model_validator(mode="after")
     def _some(self) -> Settings:

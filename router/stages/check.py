@@ -55,7 +55,7 @@ class CacheChecks:
 
     def consider(self, exchange: Exchange, body: bytes | None) -> None:
         """Once a request is settled: what has to be asked for. `body` is its own answer; None: it had a hit."""
-        inquiry, learn = exchange.inquiry, exchange.snapshot.learn
+        inquiry, learn = exchange.inquiry, exchange.learn
         found = inquiry.found if inquiry is not None else None
         if inquiry is None or found is None or exchange.candidate is None or not inquiry.checked:
             return

@@ -13,7 +13,7 @@ from classifiers.success_features import PromptFeatures
 from router.core.cached import CacheCandidate, CacheLabel
 from router.core.decide import Plan, Question
 from router.core.learning import Estimate, Label
-from router.core.policy import EffectivePolicy
+from router.core.policy import EffectivePolicy, LearnPolicy
 from router.core.ports import Snapshot
 from router.core.types import (
     Attempt,
@@ -104,6 +104,11 @@ class Exchange:
 
     stored_class: str | None = None
     """The class of the answer this request got from the cache or shared."""
+
+    @property
+    def learn(self) -> LearnPolicy | None:
+        """What may be learned of this request; None: nothing."""
+        return self.snapshot.learn if self.policy.learns else None
 
     @property
     def prompt_class(self) -> str | None:

@@ -41,18 +41,18 @@ class Learn:
 
     def note_prompt(self, exchange: Exchange) -> None:
         """Before a request is classified."""
-        learn = exchange.snapshot.learn
+        learn = exchange.learn
         if learn is None:
             return
         prompt = exchange.request.prompt
         exchange.features = prompt_features.read(prompt, self._encoder)
         exchange.features_encoder = self._encoder.id
-        if learn.keep_prompts:
+        if learn.keep_prompts and exchange.wishes.write_cache:  # who says no-store is taken at their word
             exchange.kept_prompt = prompt
 
     def note_answer(self, exchange: Exchange, body: bytes | None) -> None:
         """Once an answer has ended, before its request is settled. `body` is in the form the caller asked for."""
-        if exchange.snapshot.learn is None or exchange.status != "complete":
+        if exchange.learn is None or exchange.status != "complete":
             return
         served = serving(exchange.attempts)
         if served is None:

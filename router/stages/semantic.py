@@ -541,7 +541,7 @@ def plain_prompt(request: ChatRequest) -> str | None:
 
 def _judge(exchange: Exchange) -> str | None:
     """The model that compares answers, where the policy pays for it and it may read the prompt."""
-    learn = exchange.snapshot.learn
+    learn = exchange.learn
     if learn is None or learn.judge is None or not _pays(exchange) or not exchange.policy.cache.check:
         return None
     return learn.judge if learn.judge in exchange.policy.allow and readable(exchange.request) else None
@@ -549,7 +549,7 @@ def _judge(exchange: Exchange) -> str | None:
 
 def _pays(exchange: Exchange) -> bool:
     """Whether the policy pays for asking a model again."""
-    return exchange.snapshot.learn is not None and exchange.snapshot.learn.budget is not None
+    return exchange.learn is not None and exchange.learn.budget is not None
 
 
 async def _comparable(stored: StoredAnswer, request: ChatRequest) -> Mapping[str, Any] | None:

@@ -94,7 +94,7 @@ class Shadows:
 
     def consider(self, exchange: Exchange, body: bytes | None) -> None:
         """Once a request is settled. `body` is its answer in the form it asked for."""
-        learn = exchange.snapshot.learn
+        learn = exchange.learn
         if learn is None or not learn.shadow or learn.budget is None or self._ended:
             return
         others = _others(exchange)

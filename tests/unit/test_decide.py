@@ -70,6 +70,7 @@ def policy(**changes: Any) -> EffectivePolicy:
         on_unpriced_model="block",
         cache=CachePolicy(),
         advise=Decimal(0),
+        learns=True,
         budgets=(),
         baseline=None,
         cost_center=None,

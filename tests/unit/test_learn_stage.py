@@ -52,6 +52,32 @@ async def test_features_travel_with_the_record_and_the_prompt_only_when_asked(en
     assert (await settle(Rig(policy=KEEP, encoder=encoder))).prompt == PROMPT
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "  search: { learn: none }",
+        "unlisted_teams: { learn: none }",
+        "rules: [{ name: r, when: { team: [search] }, then: { learn: none } }]",
+    ],
+)
+async def test_nothing_is_kept_where_the_policy_says_none(place: str) -> None:
+    rig = Rig(
+        policy=KEEP.replace("learn: {", place + "\nlearn: {")
+    )  # its encoder is None: using it would fail
+    rig.wire.scripts["first"] = [Script(json.dumps(REFUSED).encode())]
+    record = await settle(rig)
+    assert (record.features, record.features_encoder, record.prompt, record.labels) == (None, None, None, ())
+
+
+@pytest.mark.parametrize("header", [{"cache-control": "no-store"}, {"x-farthing-cache": "off"}])
+async def test_the_prompt_of_who_wants_nothing_stored_is_not_kept(
+    encoder: StaticEncoder, header: dict[str, str]
+) -> None:
+    record = await settle(Rig(policy=KEEP, encoder=encoder), headers=header)
+    assert record.features is not None
+    assert record.prompt is None
+
+
 @pytest.mark.parametrize("text", ["", "hi", "the " * 3000, "\ud800 \0 \u6f22", "1e999 " * 50])
 def test_features_of_any_text_come_back(encoder: StaticEncoder, text: str) -> None:
     packed = prompt_features.pack(prompt_features.read(text, encoder))
