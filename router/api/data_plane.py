@@ -341,6 +341,10 @@ def _inflated(body: bytes, encoding: str, limit: int) -> bytes:
         raise _too_large(limit)
     if not inflater.eof:
         raise InvalidRequest("The compressed body is cut short.", param="content-encoding")
+    if inflater.unused_data:
+        raise InvalidRequest(
+            "The compressed body goes on after its end. Compress it in one piece.", param="content-encoding"
+        )
     return inflated
 
 

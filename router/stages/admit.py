@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from hashlib import sha256
 
 from msgspec import Struct
@@ -19,6 +19,7 @@ MAX_CALLER_REQUEST_ID = 128
 MAX_TAGS = 16
 _TAG = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _PRINTABLE = re.compile(r"[\x21-\x7e]+")
+_PLAIN_DECIMAL = re.compile(r"[0-9]{1,16}(\.[0-9]{1,16})?")
 
 
 class Wishes(Struct, frozen=True):
@@ -164,11 +165,8 @@ def _money(text: str | None) -> NanoUSD | None:
 
 
 def _decimal(text: str) -> Decimal | None:
-    try:
-        value = Decimal(text.strip()[:32])
-    except InvalidOperation:
-        return None
-    return value if value.is_finite() else None
+    plain = text.strip()
+    return Decimal(plain) if _PLAIN_DECIMAL.fullmatch(plain) else None
 
 
 def _request_id(text: str | None) -> str | None:

@@ -292,6 +292,14 @@ def test_a_compressed_body_is_taken(gateway: Gateway, unique: Unique, encoding: 
     assert answer.status_code == 200, answer.text
 
 
+@pytest.mark.parametrize("rest", [gzip.compress(b',{"more": 1}'), b"junk"])
+def test_what_follows_a_compressed_body_is_not_dropped(gateway: Gateway, unique: Unique, rest: bytes) -> None:
+    body = json.dumps({"model": "small", "messages": [{"role": "user", "content": unique("Hi")}]}).encode()
+    answer = gateway.post(gateway.key("search"), gzip.compress(body) + rest, {"content-encoding": "gzip"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "content-encoding"
+
+
 def test_a_bomb_is_refused(gateway: Gateway) -> None:
     packed = gzip.compress(b" " * 100 * 1024 * 1024)
     answer = gateway.post(gateway.key("search"), packed, {"content-encoding": "gzip"})

@@ -161,6 +161,14 @@ def test_wishes_are_read() -> None:
         ("x-farthing-max-cost", "-1"),
         ("x-farthing-max-cost", "Infinity"),
         ("x-farthing-max-cost", "1e99"),
+        ("x-farthing-max-cost", "1_0"),
+        ("x-farthing-max-cost", "1e-3"),
+        ("x-farthing-max-cost", "\uff11"),
+        ("x-farthing-max-cost", "+1"),
+        ("x-farthing-max-cost", "0" * 31 + "100"),
+        ("x-farthing-max-cost", ""),
+        ("x-farthing-quality", "0_1"),
+        ("x-farthing-quality", "1e-1"),
     ],
 )
 def test_a_bad_header_is_named(header: str, value: str) -> None:
