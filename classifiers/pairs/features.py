@@ -248,11 +248,12 @@ class PairFeatures:
         out += [float(reason in reasons) for reason in guard.REASONS]
         out.append(float(sum(reason in reasons for reason in guard.REASONS)))
         vocabulary_a, vocabulary_b = x.vocabulary, y.vocabulary
+        numbers_a, numbers_b = frozenset(x.numbers), frozenset(y.numbers)
         out += _ordered(len(x.names - vocabulary_b - y.names), len(y.names - vocabulary_a - x.names))
         out += [
             len(x.names & y.names),
-            len(x.numbers & y.numbers),
-            len(x.numbers ^ y.numbers),
+            len(numbers_a & numbers_b),
+            len(numbers_a ^ numbers_b),
             len(x.dates ^ y.dates),
         ]
         out += _ordered(len(x.scope - y.scope), len(y.scope - x.scope))

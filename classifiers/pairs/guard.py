@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import pairwise
 
 # A prompt is read up to here; of a longer one the rest is compared by its hash alone (`Reading.rest`).
@@ -194,12 +197,23 @@ SCALES = {
     "thousand": 1000,
     "million": 10**6,
     "billion": 10**9,
+    "trillion": 10**12,
     "dozen": 12,
     "k": 1000,
     "m": 10**6,
+    "bn": 10**9,
 }
+THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+POINTED_THOUSANDS = re.compile(r"\d{1,3}(?:\.\d{3}){2,}")
+# Of an amount "1.500" may be one and a half or fifteen hundred: it equals itself alone.
+EITHER = re.compile(r"[1-9]\d{0,2}\.\d{3}")
+# Numbers written as one: in another order they are another date, fraction, range or reference.
+JOINED = re.compile(r"(?<![\w.,/-])\d+(?:[-/]\d+)+(?![\w/-])")
+# Of a number whose products are exact: Decimal keeps 28 digits, and no factor has more than 13.
+MAX_DIGITS = 15
+MINUS = re.compile(r"(?:(?<=[\s(=:,;*+/])|^)-(?=\d)")
 # Unit -> (kind, factor to the kind's smallest unit). Kinds are compared, so "two weeks" is "14 days".
-UNITS: dict[str, tuple[str, float]] = {}
+UNITS: dict[str, tuple[str, Decimal]] = {}
 for _kind, _entries in {
     "time": "second sec 1 minute min mins 60 hour hr hrs 3600 day 86400 week 604800 fortnight 1209600 "
     "month 2629800 year yr 31557600 decade 315576000",
@@ -227,13 +241,11 @@ for _kind, _entries in {
 }.items():
     _names: list[str] = []
     for _entry in _entries.split():
-        try:
-            _factor = float(_entry)
-        except ValueError:
+        if not _entry[0].isdigit():
             _names.append(_entry)
             continue
         for _name in _names:
-            UNITS[_name] = (_kind, _factor)
+            UNITS[_name] = (_kind, Decimal(_entry))
         _names = []
 WEEKDAYS: dict[str, str] = {}
 for _day in ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"):
@@ -512,7 +524,7 @@ class Reading:
     """What one prompt says, as far as the guard reads it. Words are lower case with courtesies taken off."""
 
     words: tuple[str, ...]
-    numbers: frozenset[str]
+    numbers: tuple[str, ...]
     dates: frozenset[str]
     units: frozenset[str]
     names: frozenset[str]
@@ -532,6 +544,7 @@ class Reading:
     cased: frozenset[str] = frozenset()
     people: tuple[str, ...] = ()
     codes: frozenset[str] = frozenset()
+    joined: frozenset[str] = frozenset()
 
     @property
     def vocabulary(self) -> frozenset[str]:
@@ -549,6 +562,7 @@ def read(text: str) -> Reading:
     names: set[str] = set()
     said: list[str] = []
     cased: set[str] = set()
+    below: set[int] = set()
     starts = True
     shouting = text.upper() == text
     for match in TOKEN.finditer(text):
@@ -574,15 +588,23 @@ def read(text: str) -> Reading:
                 )
             words.extend(_expanded(lower))
         else:
+            if token[0].isdigit() and MINUS.match(text, match.start() - 1):
+                below.add(len(words))
             words.append(lower)
         said.append(lower)
         starts = False
     # At the ends they are gone by now: what is left is within what is said, and may be what it is about.
     polite = frozenset(word for word in words if word in COURTESY)
-    words = [word for word in words if word not in COURTESY or word in ("morning", "evening", "afternoon")]
+    kept = [
+        at
+        for at, word in enumerate(words)
+        if word not in COURTESY or word in ("morning", "evening", "afternoon")
+    ]
+    below = {place for place, at in enumerate(kept) if at in below}
+    words = [words[at] for at in kept]
     if not words:
         words = [match[0].lower() for match in TOKEN.finditer(text)]
-    numbers, dates, units = _quantities(words)
+    numbers, dates, units = _quantities(words, below)
     vocabulary = set(words)
     literal = not LITERAL.isdisjoint(vocabulary) or _counts_letters(words)
     editing = not EDITING.isdisjoint(vocabulary)
@@ -590,7 +612,7 @@ def read(text: str) -> Reading:
     turning = sum(word in TURNING for word in words)
     return Reading(
         words=tuple(words),
-        numbers=frozenset(numbers),
+        numbers=tuple(numbers),
         dates=frozenset(dates),
         units=frozenset(units),
         names=frozenset(names),
@@ -610,6 +632,9 @@ def read(text: str) -> Reading:
         cased=frozenset(cased),
         people=tuple(word for word in words if word in PERSONS),
         codes=_codes(text),
+        joined=frozenset(JOINED.findall(text.replace("–", "-")))
+        if "/" in text or "-" in words
+        else frozenset(),
     )
 
 
@@ -701,9 +726,11 @@ def _expanded(word: str) -> list[str]:
     return [word.replace("'", "")]
 
 
-def _quantities(words: list[str]) -> tuple[set[str], set[str], set[str]]:
-    """Find numbers (in their unit's smallest part), dates and times, and units asked for without a number."""
-    numbers: set[str] = set()
+def _quantities(words: list[str], below: set[int]) -> tuple[list[str], set[str], set[str]]:
+    """Find numbers (see `_amount`; each as often as it is said), dates and times, and units asked for without a
+    number. `below`: places of words that are below zero.
+    """
+    numbers: list[str] = []
     dates: set[str] = set()
     units: set[str] = set()
     at, end = 0, len(words)
@@ -722,62 +749,89 @@ def _quantities(words: list[str]) -> tuple[set[str], set[str], set[str]]:
         ):
             dates.add(f"month {MONTHS[word]}")
         elif ":" in word and word[0].isdigit():
-            hour, minute = word.split(":")[:2]
-            hours = int(hour) + (12 if following == "pm" and int(hour) < 12 else 0)
-            dates.add(f"{hours:02d}:{minute}")
-            at += following in ("am", "pm")
+            half, used = _half(words, at + 1)
+            dates.add(_time(word, half))
+            at += used
         elif word == "half" and following in ("an", "a") and at + 2 < end and words[at + 2] == "hour":
-            numbers.add("0.5 1800 time")
+            numbers.append(_amount("0.5", "hour"))
             at += 2
         elif word.count("-") == 2 and word[0].isdigit():
             year, month, day = word.split("-")
             dates.add(f"month {int(month)}")
-            numbers |= {f"{int(year)}", f"{int(day)}"}
+            numbers += [year, day.lstrip("0")]
         elif word == "single" and _unit(following):
-            numbers.add(_amount(1.0, following))
+            numbers.append(_amount("1", following))
             at += 1
         elif word == "two" and (following == "times" or (at and words[at - 1] == "between")):
             pass
         elif word[0].isdigit() or word in NUMBER_WORDS:
             value, used = _value(words, at)
+            before = words[at - 1] if at else ""
+            if at in below or (before in ("minus", "negative") and not (at > 1 and _numeral(words[at - 2]))):
+                value = "-" + value
             unit = words[at + used] if at + used < end else ""
             while unit in ("-", "°", "degrees", "degree", "square", "cubic") and at + used + 1 < end:
                 used += 1
                 unit = words[at + used]
             if unit in ("c", "f"):
                 unit = "celsius" if unit == "c" else "fahrenheit"
-            elif (unit == "o" and words[at + used : at + used + 2] == ["o", "clock"]) or unit == "oclock":
-                dates.add(f"{int(value):02d}:00")
-                at += used + 1
-                continue
-            before = words[at - 1] if at else ""
-            if unit in ("am", "pm"):
-                dates.add(f"{int(value) % 12 + (12 if unit == 'pm' else 0):02d}:00")
-                used += 1
+            if unit in MONTHS or before in MONTHS:
+                value = value.lstrip("0") or value  # "01 March"
+            half, of_day = _half(words, at + used)
+            if of_day:
+                dates.add(_time(value, half))
+                used += of_day
             elif unit in ("st", "nd", "rd", "th"):
-                numbers.add(f"{value:g}")
+                numbers.append(value)
                 used += 1
-            elif unit in ("in",) and words[at + used : at + used + 3][1:2] == ["the"] and at + used + 2 < end:
-                part = words[at + used + 2]
-                if part in ("morning", "evening", "afternoon"):
-                    dates.add(f"{int(value) % 12 + (0 if part == 'morning' else 12):02d}:00")
-                    used += 3
-                else:
-                    numbers.add(f"{value:g}")
+            elif unit == "s" and word[-1] == "0" and len(word) > 1:
+                numbers.append(value + "s")
+                used += 1
             elif _unit(unit):
-                numbers.add(_amount(value, _unit(unit)))
+                numbers.append(_amount(value, _unit(unit)))
                 used += 1
             elif before in UNITS and UNITS[before][0] in ("dollar", "euro", "sterling", "yen"):
-                numbers.add(_amount(value, before))
+                numbers.append(_amount(value, before))
             # "one" alone is mostly a pronoun.
-            elif word != "one":
-                numbers.add(f"{value:g}")
+            elif word != "one" or used > 1:
+                numbers.append(value)
             at += used - 1
+        elif word in ("hundred", "thousand", "million", "billion", "trillion", "dozen"):
+            numbers.append(str(SCALES[word]))
         elif len(word) > 2 and _unit(word):
             kind, factor = UNITS[_unit(word)]
-            units.add(f"{kind} {factor:g}")
+            units.add(f"{kind} {factor:f}")
         at += 1
     return numbers, dates, units
+
+
+def _numeral(word: str) -> bool:
+    return word[0].isdigit() or word in NUMBER_WORDS or word in SCALES
+
+
+def _half(words: list[str], at: int) -> tuple[str, int]:
+    """Read behind a number which half of the day it is in, and how many words say so; none where it is no time."""
+    one, two, three = (*words[at : at + 3], "", "", "")[:3]
+    if one in ("am", "pm"):
+        return one, 1
+    if one == "oclock" or (one, two) == ("o", "clock"):
+        used = 1 if one == "oclock" else 2
+        half, more = _half(words, at + used)
+        return half, used + more
+    if (one, two) == ("in", "the") and three in ("morning", "afternoon", "evening"):
+        return "am" if three == "morning" else "pm", 3
+    return "", 0
+
+
+def _time(said: str, half: str) -> str:
+    """Return a time in 24 hours: of "8.05" and "8:05" in the second half "20:05"."""
+    hour, *rest = re.split("[:.]", said)
+    if not hour.isdigit():
+        return said + half
+    hours = int(hour)
+    if half and hours <= 12:
+        hours = hours % 12 + 12 * (half == "pm")
+    return ":".join((f"{hours:02d}", *(rest or ["00"])))
 
 
 def _unit(word: str) -> str:
@@ -786,37 +840,56 @@ def _unit(word: str) -> str:
     return word[:-1] if word.endswith("s") and word[:-1] in UNITS else ""
 
 
-def _amount(value: float, unit: str) -> str:
+def _amount(value: str, unit: str) -> str:
+    """Return an amount as "value smallest kind": "2 1209600 time" for two weeks. A bare number is its text alone."""
     kind, factor = UNITS[_unit(unit)]
-    return f"{value:g} {value * factor:.6g} {kind}"
+    if EITHER.fullmatch(value):
+        return f"{value} {value}*{factor:f} {kind}"
+    plain = value.replace(".", "") if POINTED_THOUSANDS.fullmatch(value) else value.replace(",", ".")
+    amount = _decimal(plain)
+    if amount is None:
+        return f"{value} {value} {kind}"
+    return f"{_plain(amount)} {_plain(amount * factor)} {kind}"
 
 
-def _value(words: list[str], at: int) -> tuple[float, int]:
-    """Return the value of the number that starts at `at` and how many words it takes."""
+def _decimal(text: str) -> Decimal | None:
+    """None where it is no number ("1.2.3"), or one of so many digits that a product would be rounded."""
+    try:
+        return Decimal(text) if len(text) <= MAX_DIGITS else None
+    except ArithmeticError:
+        return None
+
+
+def _plain(number: Decimal) -> str:
+    digits = f"{number:f}"
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
+def _value(words: list[str], at: int) -> tuple[str, int]:
+    """Return the number that starts at `at`, every digit of it, and how many words it takes.
+
+    A number that stands alone may be a version, an address or an id: it is what is written, but for commas between
+    thousands.
+    """
     word = words[at]
     if word[0].isdigit():
-        plain = word.replace("-", "")
-        # 1,000 and 1.000.000 group by thousands, 3.5 and 3,5 do not.
-        if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", plain):
-            plain = plain.replace(",", "")
-        elif re.fullmatch(r"\d{1,3}(?:\.\d{3}){2,}", plain):
-            plain = plain.replace(".", "")
-        plain = plain.replace(",", ".")
-        try:
-            value = float(plain)
-        except ValueError:
-            value = float(int.from_bytes(plain.encode()[:7]))
+        text = word.replace(",", "") if THOUSANDS.fullmatch(word) else word
         used = 1
     else:
-        value, used = float(NUMBER_WORDS[word]), 1
+        number, used = NUMBER_WORDS[word], 1
         following = at + 1
-        if value >= 20 and following < len(words):
+        if number >= 20 and following < len(words):
             step = 1 if words[following] != "-" else 2
             if at + step < len(words) and 0 < NUMBER_WORDS.get(words[at + step], 0) < 10:
-                value, used = value + NUMBER_WORDS[words[at + step]], step + 1
-    if at + used < len(words) and words[at + used] in SCALES:
-        value, used = value * SCALES[words[at + used]], used + 1
-    return value, used
+                number, used = number + NUMBER_WORDS[words[at + step]], step + 1
+        text = str(number)
+    while at + used < len(words) and words[at + used] in SCALES:
+        scaled = _decimal(text.replace(",", "."))
+        if scaled is None:
+            break
+        text = _plain(scaled * SCALES[words[at + used]])
+        used += 1
+    return text, used
 
 
 def _route(words: list[str]) -> tuple[str, str]:
@@ -882,9 +955,10 @@ def reasons(a: Reading, b: Reading) -> tuple[str, ...]:
     was found.
     """
     found: list[str] = []
-    alone_a, alone_b = unmatched(a.numbers, b.numbers), unmatched(b.numbers, a.numbers)
-    if alone_a or alone_b:
-        found.append("number" if alone_a and alone_b else "number_alone")
+    if a.numbers != b.numbers and (alone := unmatched(a.numbers, b.numbers)):
+        found.append(alone)
+    elif a.joined - b.joined and b.joined - a.joined:
+        found.append("number")
     if a.dates != b.dates:
         found.append("date" if a.dates - b.dates and b.dates - a.dates else "date_alone")
     if a.units and b.units and a.units != b.units:
@@ -969,17 +1043,50 @@ def _prefixed(mine: frozenset[str], yours: frozenset[str]) -> bool:
     return False
 
 
-def unmatched(a: frozenset[str], b: frozenset[str]) -> bool:
-    """Tell whether `a` holds a quantity that `b` lacks; a bare number agrees with its value in any unit."""
-    if a <= b:
-        return False
-    others = [number.split(" ") for number in b]
-    return any(
-        not any(
-            one[1:] == other[1:] if len(one) == len(other) == 3 else one[0] == other[0] for other in others
-        )
-        for one in (number.split(" ") for number in a)
+def unmatched(a: Sequence[str], b: Sequence[str]) -> str:
+    """Tell whether each has a quantity that the other lacks ("number"), or one of them ("number_alone"); else empty.
+
+    A quantity counts as often as it is said. A bare number agrees with its value in any unit.
+    """
+    only_a, only_b = _without(a, b, _quantity, _quantity), _without(b, a, _quantity, _quantity)
+    only_a, only_b = (
+        _without(only_a, only_b, _valued, _value_of_other),
+        _without(only_b, only_a, _valued, _value_of_other),
     )
+    if (only_a and only_b) or ((only_a or only_b) and set(a) == set(b)):
+        return "number"  # the same numbers, one of them more often: "5 plus 5 plus 3"
+    return "number_alone" if only_a or only_b else ""
+
+
+def _without(
+    mine: Sequence[str],
+    others: Sequence[str],
+    key: Callable[[str], tuple[str, ...]],
+    key_of_other: Callable[[str], tuple[str, ...]],
+) -> list[str]:
+    there = Counter(map(key_of_other, others))
+    rest = []
+    for number in mine:
+        if there[key(number)] > 0:
+            there[key(number)] -= 1
+        else:
+            rest.append(number)
+    return rest
+
+
+def _quantity(number: str) -> tuple[str, ...]:
+    value, *smallest = number.split(" ")
+    return tuple(smallest) or (value,)
+
+
+def _valued(number: str) -> tuple[str, ...]:
+    value, *smallest = number.split(" ")
+    return ("amount" if smallest else "bare", value)
+
+
+def _value_of_other(number: str) -> tuple[str, ...]:
+    value, *smallest = number.split(" ")
+    return ("bare" if smallest else "amount", value)
 
 
 def turned(a: tuple[str, str], b: tuple[str, str]) -> bool:
@@ -991,8 +1098,12 @@ def turned(a: tuple[str, str], b: tuple[str, str]) -> bool:
 
 
 def swapped(a: Reading, b: Reading) -> bool:
-    """Tell whether the same words stand in another order around a word that gives the order a meaning."""
-    if a.words == b.words or len(a.words) != len(b.words) or DIRECTED.isdisjoint(a.words):
+    """Tell whether the same words stand in another order around a word that gives the order a meaning, or numbers
+    among them do ("8 minus 3").
+    """
+    if a.words == b.words or len(a.words) != len(b.words):
+        return False
+    if DIRECTED.isdisjoint(a.words) and a.numbers == b.numbers:
         return False
     return sorted(a.words) == sorted(b.words)
 

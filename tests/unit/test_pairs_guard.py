@@ -62,6 +62,86 @@ def test_the_same_said_otherwise_passes(a: str, b: str) -> None:
     assert reasons(a, b) == ()
 
 
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("Who owns account 48829103?", "Who owns account 48829104?"),
+        ("Is 6898169388 prime?", "Is 6898169389 prime?"),
+        ("Ping 192.168.10.21", "Ping 192.168.10.22"),
+        ("What is new in 2.31.1.4?", "What is new in 2.31.1.5?"),
+        ("Is iOS 17.1 secure?", "Is iOS 17.10 secure?"),
+        ("Is 3.1415926 pi?", "Is 3.1415927 pi?"),
+        ("What is in room 012?", "What is in room 12?"),
+        ("Open port 1,000", "Open port 1.000"),
+        ("Is 1,000,001 prime?", "Is 1,000,002 prime?"),
+        ("Convert 1234567.89 euros", "Convert 1234567.99 euros"),
+        ("Convert 12345678901234567890 g", "Convert 12345678901234567891 g"),
+        ("Convert 1.500 euros", "Convert 1.5 euros"),
+        ("Convert 1.500 euros", "Convert 1,500 euros"),
+        ("What is 5 plus 5 plus 3?", "What is 5 plus 3 plus 3?"),
+        ("Add 4 4 5", "Add 4 5 5"),
+        ("Add 2 2 3", "Add 2 3"),
+        ("What is -4 squared?", "What is 4 squared?"),
+        ("Is it minus 5 outside?", "Is it 5 outside?"),
+        ("Spend six hundred thousand", "Spend six hundred million"),
+        ("Spend a hundred dollars", "Spend a thousand dollars"),
+        ("Who ruled in the 1990s?", "Who ruled in 1990?"),
+        ("What happened on 3/4?", "What happened on 4/3?"),
+        ("Who has 1234-5678?", "Please say who has 5678-1234"),
+    ],
+)
+def test_numbers_are_what_is_written_to_the_last_digit(a: str, b: str) -> None:
+    assert "number" in reasons(a, b)
+    assert reasons(a, b) == reasons(b, a)
+
+
+@given(
+    st.integers(1, 10**30),
+    st.sampled_from(["Where is {}?", "Is {} kg much?", "Does {} usd do?", "At 10.0.{}.1"]),
+)
+@settings(max_examples=200, deadline=None)
+def test_neighbouring_numbers_differ_however_long_they_are(number: int, text: str) -> None:
+    assert "number" in reasons(text.format(number), text.format(number + 1))
+    assert reasons(text.format(number), text.format(number)) == ()
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("Remind me at 8.05am", "Remind me at 8.50am"),
+        ("Is the 9.15 am train late?", "Is the 9.45 am train late?"),
+        ("Wake me at 8:05 in the morning", "Wake me at 8:05 in the evening"),
+        ("Is it at 12:10 am?", "Is it at 12:10 pm?"),
+        ("Is 1:30:15 long?", "Is 1:30:45 long?"),
+    ],
+)
+def test_times_keep_their_minutes(a: str, b: str) -> None:
+    assert "date" in reasons(a, b)
+
+
+def test_numbers_in_another_order_among_the_same_words_are_noticed() -> None:
+    assert "order" in reasons("What is 8 minus 3?", "What is 3 minus 8?")
+    assert "order" not in reasons("Pay 8 or 3?", "Shall I pay 8 or 3?")
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("Does it cost 17.10 dollars?", "Does it cost $17.1?"),
+        ("Is 3,5 kg heavy?", "Is 3.5 kg heavy?"),
+        ("Is 2.000.000 euros enough?", "Is 2 million euros enough?"),
+        ("Is 0.50 litres a lot?", "Is 500 ml a lot?"),
+        ("Is one million much?", "Is 1,000,000 much?"),
+        ("Is 3 in 3 days fine?", "Is 3 in 72 hours fine?"),
+        ("Wake me at 8.05 am", "Wake me at 8:05 in the morning"),
+        ("Who called on 01 March?", "Who called on March 1?"),
+        ("Is it -5 outside?", "Is it minus 5 outside?"),
+    ],
+)
+def test_amounts_agree_by_what_they_are_worth(a: str, b: str) -> None:
+    assert not {"number", "number_alone", "date", "date_alone"} & set(reasons(a, b))
+
+
 def test_what_lies_beyond_the_part_that_is_read_must_be_equal() -> None:
     long = "word " * 1000
     assert reasons(long + "x", long + "y") == ("rest",)
