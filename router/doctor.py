@@ -296,8 +296,9 @@ def _clock(engine: Engine, has_tables: bool) -> Findings:
     try:
         with engine.connect() as connection:
             if engine.dialect.name == "postgresql":
+                asked = datetime.now(UTC)
                 theirs = connection.execute(sa.text("SELECT clock_timestamp()")).scalar_one()
-                yield from _compared_clock("database", theirs.astimezone(UTC))
+                yield from _compared_clock("database", asked, theirs.astimezone(UTC))
             newest = connection.scalar(sa.select(sa.func.max(requests.c.opened_at))) if has_tables else None
     except SQLAlchemyError as error:
         yield Finding("FAIL", "database", f"it stopped answering ({type(error).__name__})")
@@ -311,8 +312,9 @@ def _clock(engine: Engine, has_tables: bool) -> Findings:
         )
 
 
-def _compared_clock(name: str, theirs: datetime) -> Findings:
-    apart = abs((datetime.now(UTC) - theirs).total_seconds())
+def _compared_clock(name: str, asked: datetime, theirs: datetime) -> Findings:
+    # They read their clock some time after they were asked and before they are heard.
+    apart = max(asked - theirs, theirs - datetime.now(UTC), timedelta()).total_seconds()
     if apart > CLOCK_SECONDS:
         yield Finding(
             "WARN",
@@ -430,6 +432,7 @@ def _server(shown: str, took: float, url: str, info: Mapping[str, Any]) -> Findi
 
 
 async def _redis_clock(connection: RedisConnection) -> list[Finding]:
+    asked = datetime.now(UTC)
     try:
         reply: Any = await connection.execute("TIME", trial=True)
         if isinstance(reply, dict):
@@ -437,7 +440,7 @@ async def _redis_clock(connection: RedisConnection) -> list[Finding]:
         theirs = datetime.fromtimestamp(int(reply[0]), UTC)
     except (FarthingError, ValueError, TypeError, IndexError):
         return []
-    return list(_compared_clock("Redis", theirs))
+    return list(_compared_clock("Redis", asked, theirs))
 
 
 async def _compared_secret(connection: RedisConnection, secret: bytes) -> Finding:
@@ -519,7 +522,7 @@ def _port(host: str, port: int, option: str) -> Finding:
 
 def _is_gateway(host: str, port: int) -> bool:
     """By its answer without a key: the id every answer carries on the data plane, the refusal on the admin plane."""
-    with closing(HTTPConnection(host, port, timeout=1)) as connection:
+    with closing(HTTPConnection(host, port, timeout=REACH_SECONDS)) as connection:
         try:
             connection.request("GET", "/healthz")
             reply = connection.getresponse()

@@ -45,7 +45,7 @@ def started_with(
         },
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
     )
 
 
@@ -83,7 +83,7 @@ def test_missing_files_name_the_command_that_makes_them(tmp_path: Path) -> None:
         },
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
     )
     assert ended.returncode == 2
     assert "farthing init" in ended.stderr
@@ -235,31 +235,34 @@ def test_a_taken_port_is_named(tmp_path: Path, gateway: Gateway) -> None:
     ids=lambda value: repr(value[:40]) if isinstance(value, bytes) else None,
 )
 def test_a_bad_body_is_refused(gateway: Gateway, raw: bytes, status: int, code: str) -> None:
-    before = len(gateway.rows())
     answer = gateway.post(gateway.key("search"), raw)
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["type"], error["code"]) == ("invalid_request_error", code)
     assert answer.headers["x-should-retry"] == "false"
-    assert answer.headers["x-request-id"]
-    assert len(gateway.rows()) == before, "what is refused is a counter and no row"
+    gateway.booked()
+    refused = answer.headers["x-request-id"]
+    assert refused not in {row["id"] for row in gateway.rows()}, "what is refused is a counter and no row"
 
 
 def test_too_large_is_refused_before_it_is_read(gateway: Gateway) -> None:
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as connection:
         connection.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer "
             + gateway.key("search").encode()
             + b"\r\ncontent-length: 99999999999\r\n\r\n"
         )
         answer = connection.recv(4096)
-    assert answer.startswith(b"HTTP/1.1 413")
-    assert b"request_too_large" in answer
+        assert answer.startswith(b"HTTP/1.1 413")
+        while b"request_too_large" not in answer:  # the body may come on its own
+            more = connection.recv(4096)
+            assert more, answer
+            answer += more
 
 
 def test_a_caller_without_a_key_is_refused_before_the_body_is_read(gateway: Gateway) -> None:
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as connection:
         connection.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer nobody-knows-this-one"
             b"\r\ncontent-length: 1000000\r\n\r\n"
@@ -494,7 +497,7 @@ def test_a_callers_request_id_is_a_column_and_never_a_key(
         f"x-request-id: {value}\r\nconnection: close\r\n"
     )
     body = json.dumps({"model": "small", "messages": [{"role": "user", "content": unique("Hi")}]})
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as connection:
         connection.sendall(f"{raw}content-length: {len(body)}\r\n\r\n{body}".encode("latin-1"))
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     if value == "\x01\x02":
@@ -512,7 +515,7 @@ def test_a_header_with_a_line_break_is_no_second_header(gateway: Gateway) -> Non
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-farthing-tags: data=pii\r\n injected: 1\r\n"
         b"authorization: Bearer " + gateway.key("search").encode() + b"\r\ncontent-length: 2\r\n\r\n{}"
     )
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as connection:
         connection.sendall(raw)
         answer = connection.recv(4096)
     assert answer.startswith(b"HTTP/1.1 400")

@@ -323,6 +323,13 @@ def test_redis_in_order(shared: Settings) -> None:
     assert SECRET not in "\n".join(lines)
 
 
+def test_a_clock_that_is_wrong_is_told_from_an_answer_that_came_late() -> None:
+    asked = datetime.now(UTC) - timedelta(seconds=10)
+    for seconds, level in ((-5, "WARN"), (0, "OK"), (7, "OK"), (20, "WARN")):
+        (finding,) = doctor._compared_clock("Redis", asked, asked + timedelta(seconds=seconds))
+        assert finding.level == level
+
+
 def test_workers_with_other_secrets(folder: Path, shared: Settings) -> None:
     import asyncio
 

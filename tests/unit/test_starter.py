@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from router import starter
 from router.adapters.configuration import lint
 from router.adapters.price_catalogue import shipped_catalogue
 from router.core.errors import ConfigurationError
@@ -42,7 +43,8 @@ class _Answers(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def engine_server() -> Iterator[ThreadingHTTPServer]:
+def engine_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    monkeypatch.setattr(starter, "LOOK_SECONDS", 60.0)  # a busy machine may let it run late
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
     server.pages = {}  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
