@@ -30,6 +30,8 @@ MIN_PROMPTS = 100
 HELD_OUT = 0.25
 MIN_NEWER = 30
 """Held-out labels newer than the active heads, below which the two are not compared: it knows the older ones."""
+NOTICED = 0.1
+"""A key whose labels are so many beside all others' is compared with these."""
 CONTRADICTS = 0.35
 """Mean squared error of a key's labels to heads of all others, above which they do not describe the same traffic."""
 LEAST_GAIN = 0.005
@@ -133,7 +135,7 @@ def limit_keys(
     trusted: frozenset[str] = frozenset(),
     unlimited: Flags | None = None,
 ) -> tuple[Examples, list[Doubt]]:
-    """No key counts for more than all others together, and one that floods with what contradicts them not at all.
+    """No key counts for more than all others together, and one that is noticed and contradicts them not at all.
 
     Only where the others are enough to learn from; a key's labels are all there is otherwise. `unlimited` rows (the
     gateway's own: shadow answers and judges) are believed as they are.
@@ -147,14 +149,15 @@ def limit_keys(
         mine = (examples.key == key) & ~own
         others = ~mine & ~left_out
         rest = float(examples.weight[others].sum())
-        if sums[key] <= rest or examples.rows(others).labelled_prompts < MIN_PROMPTS:
+        if sums[key] <= NOTICED * rest or examples.rows(others).labelled_prompts < MIN_PROMPTS:
             continue
         heads = fit(examples.rows(others), priors, encoder_id, seed, QUICK_TREES)
         judged = examples.rows(mine)
         error = float(np.average((judged.score - predictions(heads, judged)) ** 2, weights=judged.weight))
         left_out |= mine & (error > CONTRADICTS)
-        weight[mine] *= rest / sums[key]
-        doubts.append(Doubt(key, int(mine.sum()), error, error > CONTRADICTS))
+        weight[mine] *= min(rest / sums[key], 1.0)
+        if error > CONTRADICTS or sums[key] > rest:
+            doubts.append(Doubt(key, int(mine.sum()), error, error > CONTRADICTS))
     return replace(examples, weight=weight).rows(~left_out), doubts
 
 

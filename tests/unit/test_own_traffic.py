@@ -68,6 +68,14 @@ def test_a_flood_of_zeros_for_one_model_moves_nothing() -> None:
     assert predicted(heads, "sum")["large"] > 0.8
 
 
+@pytest.mark.parametrize("count", [60, 110, 190])
+def test_a_flood_that_stays_below_half_is_noticed(count: int) -> None:
+    flood = examples(count, seed=3, keys=1, first=1000, flip=True)
+    flood = replace(flood, key=np.full(len(flood.key), "key_flood"))
+    _, doubts = limit_keys(joined(examples(200), flood), PRIORS, encoder().id, 0)
+    assert [(doubt.key, doubt.left_out) for doubt in doubts] == [("key_flood", True)]
+
+
 def test_many_honest_labels_of_one_key_are_believed_as_much_as_all_others() -> None:
     honest = examples(120)
     large = examples(400, seed=3, keys=1, first=1000)

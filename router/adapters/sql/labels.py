@@ -272,7 +272,9 @@ def _plain(comment: str | None) -> str | None:
 # ---- what is learned from ----
 
 MAX_LABELS = 50_000
-"""The newest are read; each comes with a few hundred bytes of features."""
+"""So many are read at most, each with a few hundred bytes of features: the newest of each key in turn, so that no key
+can crowd out the others.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +305,11 @@ def labelled_traffic(engine: Engine, encoder_id: str, limit: int = MAX_LABELS) -
     """The newest revision of each label with its features, from one snapshot. Raises UnavailableError."""
     one_judgement = (labels.c.request_id, labels.c.model, labels.c.source, labels.c.key_id)
     number = sa.func.row_number().over(partition_by=one_judgement, order_by=labels.c.revision.desc())
-    newest = sa.select(labels, number.label("number")).subquery()
+    revisions = sa.select(labels, number.label("number")).subquery()
+    turn = sa.func.row_number().over(
+        partition_by=revisions.c.key_id, order_by=(revisions.c.at.desc(), revisions.c.id)
+    )
+    newest = sa.select(revisions, turn.label("turn")).where(revisions.c.number == 1).subquery()
     own, first = request_features.alias("own"), request_features.alias("first")
     joined = (
         newest.outerjoin(requests, requests.c.id == newest.c.request_id)
@@ -321,8 +327,7 @@ def labelled_traffic(engine: Engine, encoder_id: str, limit: int = MAX_LABELS) -
             *(requests.c[name] for name in TOKEN_COLUMNS),
         )
         .select_from(joined)
-        .where(newest.c.number == 1)
-        .order_by(newest.c.at.desc(), newest.c.id)
+        .order_by(newest.c.turn, newest.c.at.desc(), newest.c.id)
         .limit(limit)
     )
     counted = (
@@ -351,7 +356,8 @@ def labelled_traffic(engine: Engine, encoder_id: str, limit: int = MAX_LABELS) -
             served = {row[0]: row[1] for row in connection.execute(counted)}
     except SQLAlchemyError as error:
         raise unavailable(error) from None
-    return LabelledTraffic(tuple(reversed(rows)), without, served)
+    rows.sort(key=lambda row: (row.label.at, row.label.request_id))
+    return LabelledTraffic(tuple(rows), without, served)
 
 
 _LABEL_FIELDS = tuple(field.name for field in fields(Label))
