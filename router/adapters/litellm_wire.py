@@ -15,10 +15,11 @@ import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from router.core.errors import UpstreamError
-from router.core.openai_wire import DONE_FRAME
+from router.core.openai_wire import DONE_FRAME, retry_after
 from router.core.policy import ProviderSpec
 from router.core.ports import UpstreamCall, UpstreamReply
 
@@ -436,11 +437,8 @@ def _retry_after(chain: list[BaseException]) -> float | None:
     for error in chain:
         headers = getattr(error, "litellm_response_headers", None)
         value = headers.get("retry-after") if headers is not None else None
-        try:
-            seconds = float(value) if value is not None else None
-        except ValueError:
-            continue
-        if seconds is not None and 0 <= seconds < 86_400:
+        seconds = retry_after(value, datetime.now(UTC))
+        if seconds is not None:
             return seconds
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 from router.core.errors import MethodNotAllowed, RequestError, UpstreamRejected
@@ -24,7 +25,7 @@ def error_answer(error: RequestError) -> ErrorAnswer:
     if error.retry is not None:
         headers["x-should-retry"] = "true" if error.retry else "false"
     if error.retry_after is not None:
-        headers["retry-after"] = str(max(0, round(error.retry_after)))
+        headers["retry-after"] = str(max(0, math.ceil(error.retry_after)))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, MethodNotAllowed):

@@ -10,6 +10,8 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import msgspec
@@ -20,6 +22,8 @@ from router.core.types import Usage
 
 MAX_TOKENS_REPORTED = 10**9
 """A count above this is a provider's mistake; it would overflow a ledger row."""
+
+LONGEST_RETRY_AFTER = 86_400
 
 _decoder = msgspec.json.Decoder()
 
@@ -108,6 +112,26 @@ def read_usage(raw: Mapping[str, Any]) -> tuple[Usage | None, bool]:
         output_audio=audio_out,
     )
     return usage, bool(doubts)
+
+
+# ---- a refusal ----
+
+
+def retry_after(text: str | None, now: datetime) -> float | None:
+    """Seconds of a Retry-After header, which holds seconds or a date (RFC 9110, 10.2.3); None: it holds neither, or
+    more than a day.
+    """
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(text)
+        except (ValueError, OverflowError):
+            return None
+        seconds = max((date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds(), 0.0)
+    return seconds if 0 <= seconds <= LONGEST_RETRY_AFTER else None
 
 
 # ---- a stream ----

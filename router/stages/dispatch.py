@@ -28,7 +28,7 @@ from router.core.errors import (
 )
 from router.core.health import Health
 from router.core.json_object import edit, parse_object, written
-from router.core.openai_wire import StreamTap, complete_answer, error_frame, only_usage
+from router.core.openai_wire import StreamTap, complete_answer, error_frame, only_usage, retry_after
 from router.core.policy import ModelSpec, ProviderSpec
 from router.core.ports import Clock, Journal, Upstream, UpstreamCall, UpstreamReply
 from router.core.pricing import price_usage, total
@@ -349,11 +349,11 @@ class Dispatch:
                     "The prompt is longer than the context of the model that was chosen.", param="messages"
                 )
             raise UpstreamRejected(reply.status, body, reply.headers.get("content-type", "application/json"))
-        retry_after = _seconds(reply.headers.get("retry-after"))
+        wait = retry_after(reply.headers.get("retry-after"), self._clock.now())
         if reply.status == 429 and b"insufficient_quota" in body:
             raise UpstreamError("quota", "the provider's quota is used up", status=429)
         raise UpstreamError(
-            "status", f"the provider answered {reply.status}", status=reply.status, retry_after=retry_after
+            "status", f"the provider answered {reply.status}", status=reply.status, retry_after=wait
         )
 
     def _failed(
@@ -624,12 +624,3 @@ def _told(failure: Exception | None) -> Exception:
                 retry_after=failure.retry_after or 1,
             )
     return UpstreamFailed("Every model that may answer failed. The attempts are in the ledger.")
-
-
-def _seconds(text: str | None) -> float | None:
-    """Retry-After in seconds; a date or anything else is treated as not sent."""
-    try:
-        value = float(text) if text is not None else None
-    except ValueError:
-        return None
-    return value if value is not None and 0 <= value < 1e6 else None

@@ -122,6 +122,18 @@ async def test_a_retry_after_is_told_and_not_waited_for_when_long() -> None:
     assert len(rig.wire.calls) == 1
 
 
+async def test_a_retry_after_may_be_a_date() -> None:
+    rig = Rig()  # its clock stands at 2026-11-01 00:00
+    rig.wire.scripts["first"] = [
+        Script(b"{}", status=429, retry_after="Sun, 01 Nov 2026 00:00:00 GMT"),
+        Script(b"{}", status=429, retry_after="Sun, 01 Nov 2026 00:00:09 GMT"),
+    ]
+    with pytest.raises(RateLimited) as caught:
+        await rig.ask("alone")
+    assert caught.value.retry_after == 9
+    assert len(rig.wire.calls) == 2, "a moment that has passed is not waited for"
+
+
 async def test_a_passing_fault_of_the_only_model_is_tried_again() -> None:
     rig = Rig()
     rig.wire.scripts["first"] = [Script(b"{}", status=503, retry_after="0"), Script(*GOOD_STREAM)]

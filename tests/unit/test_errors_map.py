@@ -37,7 +37,7 @@ TYPES = {
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_refusal_has_openais_shape(kind: type[RequestError]) -> None:
-    answer = error_answer(kind('Say "why" and\nwhat to do.', param="field", retry_after=1.6))
+    answer = error_answer(kind('Say "why" and\nwhat to do.', param="field", retry_after=1.2))
     assert 400 <= answer.status <= 504
     assert answer.content_type == "application/json"
     body = json.loads(answer.body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from router.core.openai_wire import (
     error_frame,
     json_to_sse,
     read_usage,
+    retry_after,
     sse_to_json,
 )
 from router.core.tokens import estimate_tokens
@@ -530,3 +532,27 @@ def test_error_frame_has_all_four_keys() -> None:
             "code": "upstream_cut",
         }
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        (None, None),
+        ("7", 7),
+        ("0.5", 0.5),
+        ("Sun, 01 Nov 2026 00:01:00 GMT", 60),
+        ("Sunday, 01-Nov-26 00:01:00 GMT", 60),
+        ("Sun Nov  1 00:01:00 2026", 60),
+        ("Sat, 31 Oct 2026 23:59:00 GMT", 0),
+        ("Sun, 01 Nov 2037 00:00:00 GMT", None),
+        ("-1", None),
+        ("nan", None),
+        ("inf", None),
+        ("soon", None),
+        ("", None),
+        ("Sun, 99 Nov 2026 00:01:00 GMT", None),
+        ("Sun, 01 Nov 99999999999 00:01:00 GMT", None),
+    ],
+)
+def test_a_retry_after_is_seconds_or_a_date(text: str | None, seconds: float | None) -> None:
+    assert retry_after(text, datetime(2026, 11, 1, tzinfo=UTC)) == seconds
