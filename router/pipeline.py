@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from router.core.cached import CacheBook, CacheCandidate
 from router.core.errors import Overloaded, RequestError, UnavailableError
 from router.core.ports import Clock, Snapshot
@@ -39,8 +41,7 @@ from router.stages.sharing import Sharing
 log = logging.getLogger("farthing")
 
 
-@dataclass(frozen=True, slots=True)
-class Inbound:
+class Inbound(Struct, frozen=True):
     """A request as it came in. Header names are lower case; `key` is the hash of the caller's key
     (`Admission.hashed`), `loopback` is about the peer's address.
     """

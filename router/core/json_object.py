@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from json import decoder
 from typing import Any, NoReturn
+
+from msgspec import Struct
 
 from router.core.errors import InvalidRequest
 
@@ -24,8 +25,7 @@ MAX_DIGITS = 1_000
 """Characters of one number."""
 
 
-@dataclass(frozen=True, slots=True)
-class JsonObject:
+class JsonObject(Struct, frozen=True):
     """`values` by name and `spans`: (start, end) offsets of each value in `text`."""
 
     text: str

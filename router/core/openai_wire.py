@@ -15,6 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from router.core.sse import MAX_FRAME, FrameSplitter, data_of, event_of, is_comment
 from router.core.tokens import outside_ascii, tokens_of
@@ -414,8 +415,7 @@ def only_usage(frame: bytes) -> bool:
 # ---- a JSON answer ----
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerFacts:
+class AnswerFacts(Struct, frozen=True):
     """What a JSON answer says. `complete`: no error, and every choice has ended with a reason. `error`: it is an
     error object, whatever its status was.
     """

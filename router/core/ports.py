@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
@@ -181,8 +180,7 @@ class CacheStore(Protocol):
     async def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class CallBegun:
+class CallBegun(Struct, frozen=True):
     """The answer of a call begins. `request_id`: the request that makes the call and books it. `stream`: whether the
     answer comes as a stream, or as JSON.
     """
@@ -195,8 +193,7 @@ class CallBegun:
     headers: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class CallEnded:
+class CallEnded(Struct, frozen=True):
     """How the request that made a call was booked. `cost` None: unpriced."""
 
     status: RequestStatus

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from msgspec import structs
@@ -155,7 +154,7 @@ class Cascade:
         within = min(VERIFY_SECONDS, self._left(exchange))
         if request is None or within <= 0:
             return None
-        aside = replace(exchange, request=request, attempts=[], conversation=None)
+        aside = structs.replace(exchange, request=request, attempts=[], conversation=None)
         if not await self._afforded(exchange, worst_case_of(aside, name)):
             return None
         heard = HeldAnswer()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hmac
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from router.core.cached import Invalidations, Origin
 from router.core.ports import CacheStore
@@ -22,8 +22,7 @@ _JITTER = 0.1
 _canonical_text = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode
 
 
-@dataclass(frozen=True, slots=True)
-class StoredAnswer:
+class StoredAnswer(Struct, frozen=True):
     """A complete answer as the provider sent it. `stored_at` is seconds since the epoch."""
 
     origin: Origin

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from asyncio import Future
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from classifiers.classifier import Verdict
 from classifiers.success_features import PromptFeatures
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
 NOTHING = NanoUSD(0)
 
 
-@dataclass(slots=True)
-class Exchange:
+class Exchange(Struct, eq=False):
     """One request and what became of it. Each stage fills its own part; settle turns it into a ledger row."""
 
     # admit and normalise

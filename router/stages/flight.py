@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from router.core.cached import CacheCandidate
 from router.core.errors import CallLost
@@ -33,8 +34,7 @@ class UsageFrame(bytes):
     """A stream frame that only carries usage; a subscriber that did not ask for usage does not get it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(Struct, frozen=True):
     """What is known once the answer begins."""
 
     model: str

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from router.core.openai_wire import StreamTap, json_to_sse, sse_to_json
 from router.core.ports import CallBegun
@@ -17,8 +18,7 @@ CONVERTED_AT_ONCE = 32 * 1024
 """Bytes of an answer that is put into another form on the event loop."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """`headers` are known before the first byte; `frames` is the body, to be read once."""
 
     status: int

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from msgspec import structs
+from msgspec import Struct, structs
 
 from router.core.decide import NoPlan, Plan
 from router.core.errors import BudgetExceeded, BudgetHeld, FarthingError, InvalidRequest, RequestError
@@ -18,8 +17,7 @@ from router.stages.exchange import Exchange
 _BOUNDED_NEEDS = frozenset({"tools", "json_schema", "vision", "audio"})
 
 
-@dataclass(frozen=True, slots=True)
-class _Hold:
+class _Hold(Struct, frozen=True):
     plan: Plan
     amount: NanoUSD
 
