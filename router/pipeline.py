@@ -187,8 +187,12 @@ class Pipeline:
         self.decide.choose(exchange, self.draw())
         with _accounted():
             await self.reserve.hold(exchange, lambda: self.decide.downgraded(exchange))
-            self.settle.open(exchange)
-            await self.cascade.run(exchange, flight)  # dispatch, and a second opinion where asked for
+            try:
+                self.settle.open(exchange)
+                await self.cascade.run(exchange, flight)  # dispatch, and a second opinion where asked for
+            except UnavailableError:
+                self.settle.withdraw(exchange)
+                raise
 
     def _landed(self, exchange: Exchange, flight: Flight) -> None:
         """The flight has ended, however. Who made the call books it once and keeps a complete answer."""

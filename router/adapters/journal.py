@@ -182,8 +182,12 @@ class JournalFile:
         opening = self._held.pop(record.request_id, None)
         if opening is None:
             self._append_or_raise(frame)
-        else:
+            return
+        try:
             self._append_or_raise(opening + frame, frames=2)
+        except UnavailableError:
+            self._in_flight.discard(record.request_id)
+            raise
 
     def settle(self, record: RequestRecord) -> None:
         try:

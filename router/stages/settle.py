@@ -30,6 +30,14 @@ class Settle:
         """Written before anything is sent to a provider: from here on the request is admitted and has a row."""
         self._journal.open(_open_record(exchange), attempt_follows=exchange.reserved)
 
+    def withdraw(self, exchange: Exchange) -> None:
+        """Releases a request whose opening could not be written: it was not admitted and has no row. One that went
+        to a provider before is settled.
+        """
+        if not exchange.attempts and exchange.reserved:
+            exchange.reserved = False
+            self._budgets.settle(exchange.id, exchange.windows, NanoUSD(0))
+
     def dispatched(self, exchange: Exchange) -> RequestRecord | None:
         """Settles a request that went to a provider, or was reserved for one. None: settled before."""
         if exchange.record is not None or not exchange.reserved:

@@ -18,7 +18,7 @@ from msgspec import structs
 
 from classifiers.encoder import Encoder
 from router.core.decide import NoPlan, Plan
-from router.core.errors import FarthingError, UpstreamError
+from router.core.errors import FarthingError, UnavailableError, UpstreamError
 from router.core.floor import reference_of
 from router.core.learning import Label
 from router.core.policy import BudgetLimit, LearnPolicy
@@ -268,6 +268,10 @@ class Shadows:
                 read(answer)
         except UpstreamError as error:
             exchange.status, exchange.http_status, exchange.error = "failed", 502, error.kind
+            raise
+        except UnavailableError as error:
+            note_failure(exchange, error)
+            self._settle.withdraw(exchange)
             raise
         except BaseException as error:
             note_failure(exchange, error)

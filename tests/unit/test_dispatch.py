@@ -461,7 +461,27 @@ async def test_no_provider_is_called_where_the_journal_is_full(monkeypatch: pyte
     with pytest.raises(Overloaded):
         await rig.ask("capped", max_tokens=100)
     assert rig.wire.calls == []
-    assert (rig.record.http_status, rig.record.cost) == (503, 0)
+    assert rig.journal.settled == [], "it was not admitted: it is no row, and nothing waits for the disk"
+    assert await rig.held() == 0
+
+
+async def test_what_a_provider_was_paid_for_is_booked_where_the_journal_fills_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig()
+    rig.wire.scripts["first"] = [Script(b"{}", status=500)]
+    attempt = rig.journal.attempt
+
+    def full(record: AttemptRecord) -> None:
+        if record.index:
+            raise UnavailableError("the disk is full")
+        attempt(record)
+
+    monkeypatch.setattr(rig.journal, "attempt", full)
+    with pytest.raises(Overloaded):
+        await rig.ask("capped", max_tokens=100)
+    assert [call.model.name for call in rig.wire.calls] == ["first"]
+    assert (rig.record.http_status, len(rig.record.attempts)) == (503, 1)
     assert await rig.held() == 0
 
 

@@ -232,6 +232,7 @@ def test_an_opening_goes_to_the_disk_with_its_first_attempt(journal: JournalFile
     with full_disk(only_segment(journal), 100), pytest.raises(UnavailableError):
         journal.attempt(attempted(called))
     assert read(journal) == []
+    assert (journal.in_flight, journal.waiting, len(journal._held)) == (1, 0, 1), "nothing of it is kept"
     journal.open(opened(called), attempt_follows=True)
     journal.attempt(attempted(called))
     journal.attempt(attempted(called, 1))

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from classifiers.encoder import DATA_DIRECTORY, StaticEncoder
+from router.core.errors import UnavailableError
 from router.core.learning import Label
-from router.core.types import BudgetWindow, RequestRecord
+from router.core.types import AttemptRecord, BudgetWindow, RequestRecord
 from router.stages import shadow
 from router.stages.exchange import Exchange
 from router.stages.judge import unstreamed
@@ -448,3 +449,19 @@ def test_a_request_is_asked_again_as_it_was_written() -> None:
     assert again.text == f'{{"model":"auto","messages":{messages},"x": 1e999}}'
     assert not again.stream
     assert unstreamed(again) is again
+
+
+async def test_a_shadow_that_cannot_be_written_down_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = rig()
+    attempt = made.journal.attempt
+
+    def full(record: AttemptRecord) -> None:
+        if made.journal.attempts:
+            raise UnavailableError("the disk is full")
+        attempt(record)
+
+    monkeypatch.setattr(made.journal, "attempt", full)
+    await shadowed(made)
+    assert len(made.wire.calls) == 1
+    assert [record.endpoint for record in made.journal.settled] == ["chat.completions"]
+    assert await made.held() == 0
