@@ -180,7 +180,8 @@ class UpstreamRejected(RequestError):
 
 
 class UpstreamError(FarthingError):
-    """One attempt failed. `kind` is one of connect, timeout, status, protocol, cut; `status` where there is one.
+    """One attempt failed. `kind` is one of connect, timeout, status, quota, protocol, cut; or, where the provider did
+    nothing wrong, budget or reader. `status` where there is one.
 
     `retry_after` is the provider's wish in seconds. `detail` is for logs: it holds no provider text.
     """

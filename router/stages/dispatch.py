@@ -85,6 +85,10 @@ class _Trial:
     started: float
     total: float
     """Seconds it may take at most."""
+    end: float = 0.0
+    """When a stream must have ended, by the event loop's clock."""
+    waited: float = 0.0
+    """Seconds of a stream in which its reader had more than enough."""
     tap: StreamTap | None = None
     status: int | None = None
     first_token: float | None = None
@@ -209,7 +213,11 @@ class Dispatch:
                 else:
                     await self._whole(exchange, sink, trial, reply)
         except TimeoutError:
-            error = UpstreamError("timeout", f"{provider.name} did not answer in time")
+            late = asyncio.get_running_loop().time() > trial.end - IDLE_SLACK
+            if late and (sink.ahead or trial.waited > trial.total / 2):
+                error = UpstreamError("reader", "the answer was not read in time")
+            else:
+                error = UpstreamError("timeout", f"{provider.name} did not answer in time")
             self._failed(exchange, sink, trial, error)
         except (UpstreamError, RequestError) as raised:
             self._failed(exchange, sink, trial, _as_rejection(raised))
@@ -231,7 +239,7 @@ class Dispatch:
     ) -> None:
         loop = asyncio.get_running_loop()
         timeouts = trial.provider.timeouts
-        end = loop.time() + trial.total
+        end = trial.end = loop.time() + trial.total
         due = 0.0
         tap = trial.tap = StreamTap(client_wants_usage=True)
         held: list[bytes] = []
@@ -267,7 +275,11 @@ class Dispatch:
                 # A reader that takes its time is no silence of the provider's.
                 deadline.reschedule(end)
                 due = 0.0
-                await sink.room()
+                began = loop.time()
+                try:
+                    await sink.room()
+                finally:
+                    trial.waited += loop.time() - began
             idle_end = min(loop.time() + timeouts.idle, end)
             if idle_end > due:
                 # Moving the timer costs more than passing a chunk on: it is set a little late, and seldom.
@@ -279,7 +291,7 @@ class Dispatch:
             raise UpstreamError("cut", "the stream ended before its finish_reason")
         if sink.head is None:
             raise UpstreamError("protocol", "the stream held no event")
-        seconds = self._clock.monotonic() - trial.started - (trial.first_token or 0.0)
+        seconds = self._clock.monotonic() - trial.started - (trial.first_token or 0.0) - trial.waited
         usage, estimated = self._usage(exchange, trial, None)
         self._health.rate(trial.model.name, usage.output_total, seconds)
         self._succeeded(exchange, trial, usage, estimated)
@@ -362,8 +374,8 @@ class Dispatch:
         """Books the failed attempt, then raises it; after the first byte it ends the stream instead."""
         now = self._clock.monotonic()
         provider, name = trial.provider.name, trial.model.name
-        if isinstance(error, UpstreamError) and error.kind == "budget":
-            self._health.success(provider, name, now)  # it is ours that ended it
+        if isinstance(error, UpstreamError) and error.kind in ("budget", "reader"):
+            self._health.success(provider, name, now)  # it is not the provider that ended it
             kind = error.kind
         elif isinstance(error, UpstreamError):
             hold = error.retry_after if error.status == 429 else None
@@ -389,6 +401,8 @@ class Dispatch:
                     "The budget has no room for more of this answer.", "insufficient_quota", "budget_exceeded"
                 )
             )
+        elif kind == "reader":
+            sink.append(error_frame("The answer was not read in time.", "server_error", "read_timeout"))
         else:
             sink.append(
                 error_frame("The provider's answer broke off before its end.", "server_error", "upstream_cut")

@@ -252,6 +252,25 @@ async def test_a_slow_reader_is_not_a_slow_provider() -> None:
     assert rig.record.status == "complete"
 
 
+async def test_a_reader_that_stops_is_no_fault_of_the_provider() -> None:
+    rig = Rig(PROVIDERS.replace("total: 5s", "total: 300ms"))
+    big = chunk("x" * AHEAD)
+    rig.wire.scripts["first"] = [Script(big, big, big, *GOOD_STREAM)]
+    for _ in range(8):
+        async with rig.pipeline.answer(rig.inbound(stream=True)) as answer:
+            first = await anext(answer.frames)
+            await asyncio.sleep(0.4)
+            rest = [frame async for frame in answer.frames]
+        assert first == big
+        assert json.loads(events(rest[-1])[0])["error"]["code"] == "read_timeout"
+    assert {(r.status, r.error) for r in rig.journal.settled} == {("cut", "reader")}
+    assert rig.health.status("one", "first", rig.clock.monotonic()).available
+    rig.wire.scripts["first"] = [Script(big, big, 2.0, *GOOD_STREAM)]
+    async with rig.pipeline.answer(rig.inbound(stream=True)) as answer:
+        assert len([frame async for frame in answer.frames]) == 3
+    assert rig.journal.settled[-1].error == "timeout", "it was read, and the provider was silent"
+
+
 async def test_a_reader_that_stops_stops_the_provider() -> None:
     rig = Rig()
     big = chunk("x" * 50_000)
