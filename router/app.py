@@ -350,7 +350,7 @@ class Gateway:
                 f"The database at {shown} does not answer ({error}). Start it, or correct FARTHING_DATABASE_URL."
             ) from None
         if problem is not None:
-            raise ConfigurationError(f"The database at {shown}: {problem}. Run 'farthing migrate'.")
+            raise ConfigurationError(f"The database at {shown}: {problem}.")
 
     def _stores(self) -> tuple[BudgetStore, CacheStore]:
         source = SqlSpendSource(self._engine, self.settings.journals)

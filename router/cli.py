@@ -231,6 +231,12 @@ def _report(options: argparse.Namespace) -> int:
 
     if options.kind == "cache":
         return _cache_stats(options)
+    if options.kind == "budgets":
+        for name in ("by", "since", "until"):
+            if getattr(options, name) is not None:
+                raise ConfigurationError(
+                    f"--{name} has no meaning for budgets: the report shows each budget of this month. Leave it out."
+                )
     settings = read_settings(config=options.config, reading=True)
     engine = _engine(settings)
     by = _names(options.by or "team,model")
@@ -399,7 +405,7 @@ def _engine(settings: Settings) -> Engine:
     engine = open_engine(settings.database_url)
     problem = prepare_schema(engine, settings.database_url, embedded=settings.embedded)
     if problem is not None:
-        raise ConfigurationError(f"{problem}. Run 'farthing migrate'.")
+        raise ConfigurationError(f"{problem}.")
     return engine
 
 
@@ -571,7 +577,7 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--activate", metavar="ID", help="make a stored version the one in force")
     learn.add_argument("--rollback", metavar="ID", help="back to an earlier version, or to the `priors`")
     learn.add_argument("--trust", action="append", metavar="KEY_ID", help="believe a key that was left out")
-    learn.add_argument("--seed", type=int, default=0, help="draws the held-out rows (default 0)")
+    learn.add_argument("--seed", type=_seed, default=0, help="draws the held-out rows (default 0)")
     learn.add_argument("--json", action="store_true")
     add(
         commands,
@@ -585,6 +591,13 @@ def _parser() -> argparse.ArgumentParser:
     prices.add_argument("--match", default="", help="list: only names that hold this")
     prices.add_argument("--out", default="-", help="import: the file to write")
     return parser
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError("must be a whole number from 0 to 4294967295")
+    return value
 
 
 def _count(text: str) -> int:

@@ -55,11 +55,16 @@ def learn(
 ) -> Learned:
     """Fits heads on what SQL holds and judges them on held-out rows; stores nothing.
 
-    Raises UnavailableError where SQL does not answer, ConfigurationError where scikit-learn is missing.
+    Raises UnavailableError where SQL does not answer, ConfigurationError where scikit-learn is missing or a trusted
+    key gave no label.
     """
     encoder_id = StaticEncoder.load(DATA_DIRECTORY).id
     traffic = labelled_traffic(engine, encoder_id)
     examples, skipped = examples_of(traffic, snapshot, at)
+    if unknown := sorted(trusted - {row.label.key_id for row in traffic.rows}):
+        raise ConfigurationError(
+            f"--trust: no label is of key {unknown[0]}. 'farthing keys list' shows their ids."
+        )
     priors = priors_of(snapshot, examples.models)
     card: dict[str, Any] = {
         "labels": len(examples.score),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -208,6 +209,28 @@ def test_a_flood_of_one_key_is_left_out_and_named(engine: Engine, snapshot: Snap
     text = learn.card_text({**after.card, "refused": None, "artefact": "x", "activated": False})
     assert "2500 labels of key key_flood left out" in text
     assert "--trust key_flood" in text
+
+
+def test_a_trusted_key_must_have_given_labels(engine: Engine, snapshot: Snapshot) -> None:
+    book(engine, traffic(4, seed=1))
+    with pytest.raises(ConfigurationError, match="no label is of key key_mistyped"):
+        learn.learn(engine, snapshot, NOW, trees=TREES, trusted=frozenset({"key_mistyped"}))
+
+
+def test_no_key_crowds_out_the_others(database_url: str) -> None:
+    engine = open_engine(database_url)
+    many = [
+        replace(record, key_id="key_many", labels=tuple(replace(x, key_id="key_many") for x in record.labels))
+        for record in traffic(30, seed=6, keys=1)
+    ]
+    book(engine, [*traffic(4, seed=5), *many])
+    read = labelled_traffic(engine, encoder().id, limit=12)
+    of_key = Counter(row.label.key_id for row in read.rows)
+    assert len(read.rows) == 12
+    assert of_key["key_many"] <= 12 - (len(of_key) - 1)
+    engine.dispose()
+    assert len(of_key) > 1
+    assert [row.label.at for row in read.rows] == sorted(row.label.at for row in read.rows)
 
 
 def test_what_is_read_of_labels(database_url: str) -> None:
