@@ -285,6 +285,8 @@ def _matching(pattern: re.Pattern[str], wanted: str, example: str) -> Callable[[
 
 def _sentence(value: object) -> str:
     text = _text(value, "text", "a few words")
+    if text.lower() in ("null", "~"):
+        raise wrong("the value is YAML's word for none", "write a few words, or remove the line")
     if len(text) > 200 or not text.isprintable():
         raise wrong(
             "the text is too long or holds control characters", "write one line of at most 200 characters"

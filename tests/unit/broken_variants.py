@@ -203,6 +203,15 @@ VARIANTS: tuple[Variant, ...] = (
         "exceptions[0].until", "'until' is missing", "add until",
     ),
     Variant(
+        "null for a reason", POLICY, "exceptions: []",
+        "exceptions: [{ name: a, team: search, until: 2026-12-15, reason: null, budget: { month: 1 } }]", "null",
+        "exceptions[0].reason", "YAML's word for none", "or remove the line",
+    ),
+    Variant(
+        "tilde for a cost centre", POLICY, 'cost_center: "4711"', "cost_center: ~", "~",
+        "teams.search.cost_center", "YAML's word for none", "write a few words",
+    ),
+    Variant(
         "exception without reason", POLICY, "exceptions: []",
         'exceptions: [{ name: a, team: search, until: "2026-12-15" }]', "{ name: a",
         "exceptions[0].reason", "'reason' is missing", "add reason",
