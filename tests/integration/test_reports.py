@@ -28,6 +28,7 @@ from router.adapters.sql.reports import (
     spend_report,
 )
 from router.adapters.sql.verify import verify
+from router.cli import main
 from router.core.errors import ConfigurationError, UnavailableError
 from router.core.policy import BudgetLimit
 from router.core.types import NanoUSD, RequestRecord, Usage
@@ -265,3 +266,13 @@ def test_moments() -> None:
     for text in ("yesterday", "", "7", "-7d", "999999w"):
         with pytest.raises(ConfigurationError, match="write a span"):
             moment(text, now)
+
+
+@pytest.mark.parametrize("option", [("--by", "team"), ("--since", "7d"), ("--until", "2026-12-01")])
+def test_budgets_take_no_dimensions_and_no_time(
+    option: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", "budgets", *option]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"farthing: {option[0]} has no meaning for budgets")
+    assert "Leave it out" in error
