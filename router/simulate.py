@@ -936,7 +936,7 @@ def _pieces(answers: Sequence[_Answer], logprobs: bool) -> Iterable[tuple[str, i
 # ---- ASGI ----
 
 _TRANSPORT = "farthing.reset"
-_BEFORE_RESET = 0.1
+_BEFORE_RESET = 0.3
 """Seconds between the first half of an answer and the reset that breaks it off."""
 
 
