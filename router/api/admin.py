@@ -16,6 +16,7 @@ from router.api.data_plane import Message, Receive, Scope, Send
 from router.api.errors import ErrorAnswer, error_answer
 from router.core.cached import InvalidationKind
 from router.core.errors import InvalidRequest, NotAuthenticated, RequestError, RequestTooLarge
+from router.core.json_object import parse_object
 
 MAX_BODY = 64 * 1024
 MAX_QUERY = 4 * 1024
@@ -77,6 +78,8 @@ class Guard:
         try:
             self._check(scope)
             body = await _read(scope, receive)
+            if body and scope["method"] == "POST":
+                parse_object(body)  # FastAPI would take a name given twice
         except RequestError as error:
             await _send(send, error_answer(error))
             return

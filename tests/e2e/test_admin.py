@@ -336,7 +336,15 @@ def test_bad_input_names_the_field(gateway: Gateway, path: str, body: Any, param
 def test_a_body_that_is_not_json(gateway: Gateway, raw: bytes) -> None:
     answer = gateway.admin("POST", "/admin/keys", raw=raw)
     assert answer.status == 400
-    assert "JSON" in answer.json["error"]["message"]
+    assert answer.json["error"]["code"] in ("invalid_json", "too_deep")
+    assert "body" in answer.json["error"]["message"]
+
+
+def test_a_field_given_twice(gateway: Gateway) -> None:
+    answer = gateway.admin("POST", "/admin/keys", raw=b'{"team": "once", "team": "twice"}')
+    assert (answer.status, answer.json["error"]["code"]) == (400, "duplicate_field")
+    assert answer.json["error"]["param"] == "team"
+    assert "twice" not in {key["team"] for key in gateway.admin("GET", "/admin/keys").json["keys"]}
 
 
 def test_a_body_that_is_too_large(gateway: Gateway) -> None:
