@@ -295,7 +295,7 @@ def test_a_compressed_body_is_taken(gateway: Gateway, unique: Unique, encoding: 
     assert answer.status_code == 200, answer.text
 
 
-@pytest.mark.parametrize("rest", [gzip.compress(b',{"more": 1}'), b"junk"])
+@pytest.mark.parametrize("rest", [gzip.compress(b',{"more": 1}'), b"junk"], ids=["a member", "junk"])
 def test_what_follows_a_compressed_body_is_not_dropped(gateway: Gateway, unique: Unique, rest: bytes) -> None:
     body = json.dumps({"model": "small", "messages": [{"role": "user", "content": unique("Hi")}]}).encode()
     answer = gateway.post(gateway.key("search"), gzip.compress(body) + rest, {"content-encoding": "gzip"})
