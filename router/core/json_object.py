@@ -216,7 +216,7 @@ def edit(
     `changes` maps a name to the JSON of its new value, `renames` an old name to a new one. A name that is not
     there is added by `changes` and ignored by the others.
     """
-    if any(name in spans for name in dropped):
+    if dropped and any(name in spans for name in dropped):
         text, spans = _without(text, spans, dropped)
     pieces: list[tuple[int, int, str]] = []
     added: list[str] = []

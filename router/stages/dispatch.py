@@ -561,6 +561,8 @@ def _asking_for_usage(request: ChatRequest) -> str:
 def _renames(body: Mapping[str, Any], model: ModelSpec) -> tuple[Mapping[str, str], Collection[str]]:
     """The renames for this body, and the fields that go because another one says what they say under their name."""
     renames = {name: target for name, target in model.rename.items() if name in body}
+    if not renames or (len(renames) == 1 and body.keys().isdisjoint(renames.values())):
+        return renames, ()  # nearly always
     dropped: set[str] = set()
     taken: dict[str, str] = {}
     for name in (*renames, *(target for target in renames.values() if target not in renames)):
