@@ -24,6 +24,8 @@ Vector = NDArray[np.float32]
 MAX_WORDS = 64
 # Relations are looked up among this many words that only one of the two has.
 MAX_RELATED = 12
+# Words among which it is read who does what to whom.
+CLAUSE = 40
 FUNCTION = guard.word_set(
     "a an the this that these those i me my mine we us our you your he him his she her it its they them their "
     "is are was were be been being am do does did doing have has had having can could may might will would "
@@ -41,6 +43,35 @@ PREPOSITIONS = guard.word_set(
     "without until since across behind beyond near"
 )
 
+BE = guard.word_set("is are was were be been being am get gets got")
+# "Has" and "have" may be what is asked about ("Who has access?").
+HELPING = guard.AUXILIARIES - guard.word_set("have has had")
+# Who asks with one of these may ask for who does it or for whom it is done to.
+ASKING = guard.word_set("who whom whose what which")
+# Participles that look like the base form.
+UNCHANGED = guard.word_set("cut hit hurt put read run set shut split spread")
+# Stands for what is asked for.
+ASKED = "?"
+
+
+@dataclass(frozen=True, slots=True)
+class Clause:
+    """Who does what to whom, as far as the little words tell. Words are base forms that carry a meaning.
+
+    `kind`: "subject" ("Which company bought it?"; also "which company it bought"), "fronted" ("Which company did it
+    buy?"), "modal" ("Which company will ..."), "passive" ("... bought by it"), "plain" (nothing of it is asked for),
+    or empty. `head`: between the question word and the auxiliary; `rest`: behind it. Of a passive: the verb, by whom
+    and who else there is.
+    """
+
+    kind: str = ""
+    head: tuple[str, ...] = ()
+    rest: tuple[str, ...] = ()
+    verb: str = ""
+    agents: frozenset[str] = frozenset()
+    patients: frozenset[str] = frozenset()
+    by: bool = False
+
 
 @dataclass(frozen=True, slots=True)
 class ReadPrompt:
@@ -56,6 +87,7 @@ class ReadPrompt:
     past: tuple[bool, ...] = ()
     foreign: bool = False
     unknown: frozenset[str] = frozenset()
+    clause: Clause = Clause()
 
 
 def names() -> tuple[str, ...]:
@@ -103,6 +135,7 @@ class PairFeatures:
         if not content:
             content = tuple(dict.fromkeys(lemmas))[:MAX_WORDS] or ("",)
         joined = " ".join(lemmas)[:600]
+        past = tuple(map(_past, reading.words, lemmas))
         return ReadPrompt(
             reading=reading,
             lemmas=lemmas,
@@ -111,11 +144,13 @@ class PairFeatures:
             rarities=tuple(rarity(word) for word in content),
             static=self._static.encode([text[: guard.MAX_CHARACTERS]])[0],
             grams=frozenset(joined[i : i + 3] for i in range(max(len(joined) - 2, 1))),
-            past=tuple(map(_past, reading.words, lemmas)),
+            past=past,
             foreign=self._foreign(reading, lemmas),
             unknown=frozenset(
                 w for w in content if w[:1].isalpha() and (THRICE.search(w) or not self._lexicon.known(w))
             ),
+            # "Found" is the past of "find" and the base of "founded": both become "find".
+            clause=_clause(reading.words[:CLAUSE], tuple(_base(lemma(w)) for w in lemmas[:CLAUSE]), past),
         )
 
     def _foreign(self, reading: guard.Reading, lemmas: tuple[str, ...]) -> bool:
@@ -324,11 +359,140 @@ def reasons(a: ReadPrompt, b: ReadPrompt) -> tuple[str, ...]:
         return found
     if "wording" not in found and _literal(a, b):
         found += ("wording",)
+    if "order" not in found and _exchanged(a.clause, b.clause):
+        found += ("order",)
     if a.past != b.past and a.lemmas == b.lemmas:
         found += ("tense",)
     if a.foreign or b.foreign:
         found += ("language",)
     return found
+
+
+def _base(lemma: str) -> str:
+    """Make "sued" and "sue", "clicked" and "click" one where the lexicon does not know the past."""
+    stem = lemma[:-1] if lemma.endswith("ed") and len(lemma) > 3 else lemma
+    return stem.rstrip("e") if len(stem) > 3 else stem
+
+
+def _clause(words: tuple[str, ...], bases: tuple[str, ...], past: tuple[bool, ...]) -> Clause:
+    count = len(words)
+    asking = next(
+        (
+            at
+            for at, word in enumerate(words)
+            if word in ASKING or (word == "how" and words[at + 1 : at + 2] in (("many",), ("much",)))
+        ),
+        -1,
+    )
+    first = asking + (2 if words[asking] == "how" else 1) if asking >= 0 else 0
+    helping = next((at for at in range(first, count) if words[at] in HELPING), count)
+    by = next(
+        (
+            at
+            for at in range(2, count)
+            if words[at] == "by"
+            and (past[at - 1] or words[at - 1].endswith("ed") or words[at - 1] in UNCHANGED)
+            and not BE.isdisjoint(words[max(at - 8, 0) : at - 1])
+        ),
+        -1,
+    )
+
+    def meaning(start: int, end: int) -> tuple[str, ...]:
+        return tuple(
+            base
+            for word, base in zip(words[start:end], bases[start:end], strict=True)
+            if word[:1].isalpha() and word not in FUNCTION and base not in FUNCTION
+        )
+
+    if by >= 0:
+        end = next((at for at in range(by + 1, count) if words[at] in PREPOSITIONS), count)
+        agents = frozenset(meaning(by + 1, end)) or frozenset((ASKED,))
+        patients = frozenset(meaning(0, by - 1))
+        if asking >= 0 and ASKED not in agents:
+            patients |= {ASKED}
+        return Clause("passive", verb=bases[by - 1], agents=agents, patients=patients, by=True)
+    if asking > 0 and words[asking - 1] == "by" and helping < count and words[helping] in BE:
+        verb = next((at for at in range(helping + 1, count) if past[at]), -1)
+        if verb > 0:  # "By whom was he taught?"
+            agents = frozenset((ASKED, *meaning(first, helping)))
+            return Clause(
+                "passive",
+                verb=bases[verb],
+                agents=agents,
+                patients=frozenset(meaning(helping, verb)),
+                by=True,
+            )
+    kind = "plain"
+    if asking >= 0:
+        kind = "subject" if helping == count else "" if words[helping] in BE else "modal"
+        if helping < count and words[helping] in ("do", "does", "did"):
+            kind = "fronted"
+    return Clause(kind, meaning(first, helping), meaning(helping, count), by="by" in words)
+
+
+def _exchanged(a: Clause, b: Clause) -> bool:
+    """Tell whether one asks for who does what the other asks to whom it is done ("What causes stress?", "What does
+    stress cause?"), be it in the active or the passive voice.
+    """
+    if a.kind == b.kind or not a.kind or not b.kind:
+        return False
+    if "passive" in (a.kind, b.kind):
+        passive, active = (a, b) if a.kind == "passive" else (b, a)
+        return not active.by and _passive_turned(passive, active)
+    if "plain" in (a.kind, b.kind):
+        return False
+    if "modal" in (a.kind, b.kind) and frozenset(a.head + a.rest) != frozenset(b.head + b.rest):
+        return False
+    if "subject" not in (a.kind, b.kind):
+        return _in_other_order(a.rest, b.rest)
+    subject, other = (a, b) if a.kind == "subject" else (b, a)
+    if (
+        other.head
+        and subject.head[:1]
+        and subject.head[0] in other.rest
+        and subject.head[0] not in other.head
+    ):
+        return True  # "How many sharks lose teeth?", "How many teeth does a shark lose?"
+    return _in_other_order(subject.head, other.head + other.rest)
+
+
+def _passive_turned(passive: Clause, active: Clause) -> bool:
+    verb = passive.verb
+    if active.kind in ("fronted", "modal"):
+        if verb not in active.rest:
+            return False
+        at = active.rest.index(verb)
+        before, after = frozenset(active.rest[:at]), frozenset(active.rest[at + 1 :])
+        head = frozenset((ASKED, *active.head))
+        agents, patients = (before, head) if before else (head, after)
+    else:
+        words = active.head + active.rest
+        if verb not in words:
+            return False
+        at = words.index(verb)
+        agents, patients = frozenset(words[:at]), frozenset(words[at + 1 :])
+        if active.kind == "subject":
+            if at and not patients:  # "which company it bought"
+                agents, patients = frozenset(words[at - 1 : at]), frozenset((ASKED, *words[: at - 1]))
+            else:
+                agents |= {ASKED}
+        elif not agents:
+            return False
+    if passive.agents & agents and not (passive.agents & agents) <= passive.patients:
+        # The same one does it: whoever else is named has moved, and no more.
+        return False
+    return bool(passive.agents & patients or passive.patients & agents)
+
+
+def _in_other_order(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    """Tell whether one has all words of the other, two or more, in another order."""
+    mine, yours = frozenset(a), frozenset(b)
+    common = mine & yours
+    if len(common) < 2 or common not in (mine, yours):
+        return False
+    return list(dict.fromkeys(w for w in a if w in common)) != list(
+        dict.fromkeys(w for w in b if w in common)
+    )
 
 
 def _literal(a: ReadPrompt, b: ReadPrompt) -> bool:

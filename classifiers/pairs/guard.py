@@ -719,7 +719,8 @@ def _expanded(word: str) -> list[str]:
         return [{"can't": "can", "won't": "will", "shan't": "shall"}[word], "not"]
     for ending, full in CONTRACTED.items():
         if word.endswith(ending):
-            return [word.removesuffix(ending), full.strip()]
+            stem = word.removesuffix(ending)
+            return [stem, full.strip()] if stem else [full.strip()]  # "n't" alone
     if word.endswith("'s"):
         stem = word[:-2]
         return [stem, "is"] if stem in IS_AFTER else [stem]

@@ -142,6 +142,10 @@ def test_amounts_agree_by_what_they_are_worth(a: str, b: str) -> None:
     assert not {"number", "number_alone", "date", "date_alone"} & set(reasons(a, b))
 
 
+def test_a_contraction_may_stand_alone() -> None:
+    assert guard.read("do n't 5 n't").words == ("do", "not", "5", "not")
+
+
 def test_what_lies_beyond_the_part_that_is_read_must_be_equal() -> None:
     long = "word " * 1000
     assert reasons(long + "x", long + "y") == ("rest",)

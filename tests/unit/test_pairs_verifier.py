@@ -163,6 +163,58 @@ def test_what_takes_the_lexicon_to_see_is_refused(verifier: Verifier, a: str, b:
 @pytest.mark.parametrize(
     ("a", "b"),
     [
+        ("What causes inflation?", "What does inflation cause?"),
+        ("Which company acquired Slack?", "Which company did Slack acquire?"),
+        ("Who taught Plato?", "Who did Plato teach?"),
+        ("Who founded Anthropic?", "Who did Anthropic found?"),
+        ("Who reports to Tom?", "Who does Tom report to?"),
+        ("What depends on numpy?", "What does numpy depend on?"),
+        ("Which animals eat spiders?", "What do spiders eat?"),
+        ("Who has access to the repo?", "What does the repo have access to?"),
+        ("How many sharks lose teeth?", "How many teeth does a shark lose?"),
+        ("How many pizzas feed a child?", "How many children does a pizza feed?"),
+        ("Which company will acquire Slack?", "Which company did Slack acquire?"),
+        ("Which company acquired Slack?", "Which company was acquired by Slack?"),
+        ("Who was Plato taught by?", "Who did Plato teach?"),
+        ("By whom was Plato taught?", "Whom did Plato teach?"),
+        ("Did Slack acquire Salesforce?", "Was Slack acquired by Salesforce?"),
+        ("Why did Google sue Microsoft?", "Why was Google sued by Microsoft?"),
+    ],
+)
+def test_who_does_it_is_not_to_whom_it_is_done(verifier: Verifier, a: str, b: str) -> None:
+    for asked, stored in ((a, b), (b, a)):
+        (opinion,) = verifier.opinions(asked, [(stored, 0.99)])
+        assert opinion.refused
+        assert "order" in opinion.reasons
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("What does DNS mean?", "Tell me what DNS means"),
+        ("Which companies did Slack acquire?", "Which companies has Slack acquired?"),
+        ("Which companies did Slack acquire?", "Which companies were acquired by Slack?"),
+        ("Who taught Plato?", "Who was Plato taught by?"),
+        ("Who taught Plato?", "By whom was Plato taught?"),
+        ("Why was Microsoft sued by Google?", "Why did Google sue Microsoft?"),
+        ("Does insurance cover theft?", "Is theft covered by insurance?"),
+        ("What causes stress?", "What is stress caused by?"),
+        ("What does the premium plan include?", "What is included in the premium plan?"),
+        ("Which book did Orwell write in Paris?", "Which book was written by Orwell in Paris?"),
+        ("When does the store open?", "What time is the store open?"),
+        ("Is my data encrypted by default?", "Do you encrypt my data by default?"),
+        ("How do I sort a list by key?", "How is a list sorted by key?"),
+        ("What documents do I need for a visa?", "What visa documents should I bring?"),
+    ],
+)
+def test_active_and_passive_of_the_same_pass(verifier: Verifier, a: str, b: str) -> None:
+    assert "order" not in verifier.reasons(a, b)
+    assert verifier.reasons(a, b) == verifier.reasons(b, a)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
         ("Who is it owned by?", "Who owns it?"),
         ("Gifts for women", "Gifts for a woman"),
         ("Translate this letter to German", "Translate this letter into German"),
