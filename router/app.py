@@ -76,6 +76,7 @@ from router.stages.vector_index import VectorIndex
 log = logging.getLogger("farthing")
 
 BUDGET_WATCH_SECONDS = 10.0
+RECORD_AGAIN_SECONDS = 5.0
 
 
 def _only_one(data: Path) -> int:
@@ -111,6 +112,7 @@ class Gateway:
         self._clock = SystemClock()
         self._missing = ["configuration", "schema", "journal replay", "encoder"]
         self._tasks: list[asyncio.Task[None]] = []
+        self._unrecorded: asyncio.Queue[PolicyVersion] = asyncio.Queue()
         self._spent_ratios: dict[str, float] = {}
         self._warned: set[tuple[BudgetWindow, str]] = set()
         self._redis: RedisConnection | None = None
@@ -243,7 +245,7 @@ class Gateway:
         self._writer.start()
         self.watch.subscribe(lambda _: self._book.wake())
         await asyncio.to_thread(self._keys.refresh)
-        await asyncio.to_thread(self._record_policy)
+        self._record_later(self.watch.current)
         self.watch.subscribe(self._record_later)
         await asyncio.to_thread(self._artefacts.start)
         self._keys.start()
@@ -255,6 +257,7 @@ class Gateway:
         loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(self.watch.run()),
+            loop.create_task(self._record_policies()),
             loop.create_task(self._watch_budgets()),
             loop.create_task(asyncio.to_thread(self._load_transformer)),
         ]
@@ -388,16 +391,21 @@ class Gateway:
         self._health.unusable = unusable
 
     def _record_later(self, _: Snapshot) -> None:
-        asyncio.get_running_loop().run_in_executor(None, self._record_policy)
-
-    def _record_policy(self) -> None:
-        """Keeps the pair in force, so that a ledger row's policy hash can be read years later."""
         providers, policy = self.watch.texts
         version = PolicyVersion(self.watch.current.hash, self._clock.now(), providers, policy)
-        try:
-            record_policy(self._engine, version)
-        except UnavailableError as error:
-            log.warning("policy %s is not in the history: %s", version.hash, error)
+        self._unrecorded.put_nowait(version)
+
+    async def _record_policies(self) -> None:
+        """Keeps each pair that came into force, so that a ledger row's policy hash can be read years later."""
+        while True:
+            version = await self._unrecorded.get()
+            while True:
+                try:
+                    await asyncio.to_thread(record_policy, self._engine, version)
+                    break
+                except UnavailableError as error:
+                    log.warning("policy %s is not in the history yet: %s", version.hash, error)
+                await asyncio.sleep(RECORD_AGAIN_SECONDS)
 
     async def _watch_budgets(self) -> None:
         """Keeps the spent share of each budget for metrics, and warns once when a `warn_at` is passed."""

@@ -6,6 +6,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,20 @@ def test_the_history_of_the_policy(engine: Engine) -> None:
     assert policy_history(engine) == versions[::-1]
     assert policy_version(engine, "ab") == versions[1]
     assert policy_version(engine, "%") is None
+
+
+def test_two_workers_that_record_late_keep_one_history(engine: Engine) -> None:
+    first, second, back = (
+        PolicyVersion(name, OPENED + timedelta(minutes=minute), f"providers {name}", f"policy {name}")
+        for minute, name in enumerate(("aa", "ab", "aa"))
+    )
+    assert [record_policy(engine, version) for version in (first, second, back)] == [True, True, True]
+    later = [
+        replace(version, loaded_at=version.loaded_at + timedelta(seconds=2))
+        for version in (first, second, back)
+    ]
+    assert [record_policy(engine, version) for version in later] == [False, False, False]
+    assert policy_history(engine) == [back, second, first]
 
 
 def test_a_journal_folder_that_does_not_exist_holds_nothing(engine: Engine, tmp_path: Path) -> None:

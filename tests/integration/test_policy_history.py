@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from router.adapters.configuration import load
+from router import app
+from router.adapters.configuration import ConfigurationWatch, load
 from router.adapters.price_catalogue import shipped_catalogue, shipped_policies
+from router.adapters.sql import database
 from router.adapters.sql.database import migrate, open_engine
-from router.adapters.sql.policies import PolicyVersion, record_policy
+from router.adapters.sql.policies import PolicyVersion, policy_history, record_policy
+from router.adapters.system import SystemClock
 from router.cli import main
 
 
@@ -63,3 +68,35 @@ def test_an_unknown_version_changes_nothing(
     assert main(["policy", "rollback", "ffffffff"]) == 2
     assert "policy history" in capsys.readouterr().err
     assert (installation / "policy.yaml").read_bytes() == before
+
+
+async def test_what_came_into_force_while_the_database_was_locked_is_kept(
+    installation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_SECONDS", 0.02)
+    monkeypatch.setattr(app, "RECORD_AGAIN_SECONDS", 0.02)
+    url = f"sqlite:///{tmp_path / 'data' / 'farthing.db'}"
+    (tmp_path / "data").mkdir()
+    migrate(url)
+    gateway = app.Gateway.__new__(app.Gateway)
+    gateway._clock, gateway._unrecorded, gateway._engine = SystemClock(), asyncio.Queue(), open_engine(url)
+    gateway.watch = ConfigurationWatch(installation, shipped_catalogue(), on_change=gateway._record_later)
+    recording = asyncio.create_task(gateway._record_policies())
+    locked = sqlite3.connect(tmp_path / "data" / "farthing.db", isolation_level=None)
+    locked.execute("BEGIN EXCLUSIVE")
+    before, hashes = (installation / "policy.yaml").read_text(encoding="utf-8"), []
+    for month in (2000, 1000):
+        text = before.replace("month: 3000", f"month: {month}")
+        (installation / "policy.yaml").write_text(text, encoding="utf-8")
+        assert gateway.watch.reload()
+        hashes.append(gateway.watch.current.hash)
+        await asyncio.sleep(0.1)
+    locked.execute("ROLLBACK")
+    for _ in range(200):
+        if len(kept := [version.hash for version in policy_history(gateway._engine)]) == 2:
+            break
+        await asyncio.sleep(0.02)
+    assert kept == hashes[::-1]
+    recording.cancel()
+    locked.close()
+    gateway._engine.dispose()

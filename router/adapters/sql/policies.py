@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
@@ -11,6 +11,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from router.adapters.sql.database import unavailable, writing
 from router.adapters.sql.schema import policy_versions
+
+TAKEN_UP_WITHIN = timedelta(seconds=5)
+"""Every worker loads a change within this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +27,15 @@ class PolicyVersion:
 
 
 def record_policy(engine: Engine, version: PolicyVersion) -> bool:
-    """Keeps a loaded pair unless it is the newest one already. Blocks; raises UnavailableError."""
-    newest = sa.select(policy_versions.c.hash).order_by(policy_versions.c.id.desc()).limit(1)
+    """Keeps a loaded pair unless it is the newest one of its time already: when the database was away, another worker
+    may have kept later ones too. Blocks; raises UnavailableError.
+    """
+    newest = (
+        sa.select(policy_versions.c.hash)
+        .where(policy_versions.c.loaded_at <= version.loaded_at + TAKEN_UP_WITHIN)
+        .order_by(policy_versions.c.id.desc())
+        .limit(1)
+    )
     try:
         with writing(engine) as connection:
             if connection.dialect.name == "postgresql":
