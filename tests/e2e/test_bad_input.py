@@ -339,7 +339,7 @@ def test_an_unknown_tag_is_named_with_those_that_are_known(gateway: Gateway) -> 
 )
 def test_without_a_known_key_nothing_is_served(gateway: Gateway, authorization: str | None) -> None:
     headers = {} if authorization is None else {"authorization": authorization}
-    with httpx.Client(base_url=gateway.url) as http:
+    with httpx.Client(base_url=gateway.url, timeout=60) as http:
         for path in ("/v1/chat/completions", "/chat/completions"):
             answer = http.post(path, json={"model": "auto", "messages": []}, headers=headers)
             assert answer.status_code == 401

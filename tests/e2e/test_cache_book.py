@@ -127,8 +127,8 @@ def test_whose_feedback_it_may_be(book: Gateway, unique: Callable[[str], str]) -
     assert theirs.json() == unknown.json()
     wrong = report(book, {"request_id": mine, "correct": "no"})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "correct")
-    assert httpx.post(f"{book.url}/v1/cache/feedback", json={}).status_code == 401
-    assert httpx.get(f"{book.url}/v1/cache/feedback").status_code == 405
+    assert httpx.post(f"{book.url}/v1/cache/feedback", json={}, timeout=60).status_code == 401
+    assert httpx.get(f"{book.url}/v1/cache/feedback", timeout=60).status_code == 405
 
 
 def test_an_answer_by_likeness_reported_wrong_is_gone_at_once(
@@ -208,7 +208,7 @@ def test_a_wrong_rule_names_its_field(book: Gateway, body: dict[str, Any], field
 def test_nobody_without_the_admin_key(book: Gateway) -> None:
     for method, path in (("GET", "/admin/cache"), ("POST", "/admin/cache/invalidations")):
         url = f"http://127.0.0.1:{book.admin_port}{path}"
-        assert httpx.request(method, url, json={"kind": "all"}).status_code == 401
+        assert httpx.request(method, url, json={"kind": "all"}, timeout=60).status_code == 401
 
 
 def test_every_worker_holds_to_a_rule(start_gateway: Start, valkey_server: ValkeyServer) -> None:

@@ -152,7 +152,7 @@ def test_models_lists_what_the_key_may_use(gateway: Gateway) -> None:
 
 
 def test_public_pages_need_no_key(gateway: Gateway) -> None:
-    with httpx.Client(base_url=gateway.url) as http:
+    with httpx.Client(base_url=gateway.url, timeout=60) as http:
         assert http.get("/healthz").json() == {"status": "ok"}
         assert http.get("/readyz").json() == {"status": "ready"}
         metrics = http.get("/metrics")

@@ -25,5 +25,5 @@ def test_the_reference_answers_until_labels_allow_less(
     assert "labels missing for 95 % confidence" in str(row["dropped"])
     explained = gateway.cli("policy", "explain", "--request-id", answer.headers["x-request-id"])
     assert "quality floor: " in explained.stdout
-    metrics = httpx.get(f"{gateway.url}/metrics").text
+    metrics = httpx.get(f"{gateway.url}/metrics", timeout=60).text
     assert 'farthing_floor_labels_missing{model="small",prompt_class="simple"}' in metrics

@@ -95,7 +95,7 @@ def test_metrics_are_summed_and_caches_are_shared(
     assert {answer.content for answer in again} == {first.content}
 
     def counted() -> float:
-        with httpx.Client(base_url=workers.url) as http:
+        with httpx.Client(base_url=workers.url, timeout=60) as http:
             text = http.get("/metrics").text
         return sum(
             float(n) for n in re.findall(r"^farthing_requests_total\{[^}]*\} ([0-9.e+]+)$", text, re.M)

@@ -255,7 +255,7 @@ async def test_an_exhausted_budget_stops_it() -> None:
 
 async def test_the_worst_case_is_held_first() -> None:
     made = rig(learn(budget="budget: { month: 0.05 }"))
-    made.wire.scripts["strong"] = [Script(0.05, said("late"))]
+    made.wire.scripts["strong"] = [Script(0.5, said("late"))]
     for number in range(2):  # two at once would pass the budget, though both answers together would not
         await made.ask(model="auto", messages=[{"role": "user", "content": str(number)}])
     await quiet(made)
