@@ -151,7 +151,9 @@ def _share(text: str | None) -> Decimal | None:
         return None
     value = _decimal(text)
     if value is None or not 0 <= value <= 1:
-        raise InvalidRequest("'x-farthing-quality' takes a number from 0 to 1.", param="x-farthing-quality")
+        raise InvalidRequest(
+            "'x-farthing-quality' takes a plain number from 0 to 1, such as 0.9.", param="x-farthing-quality"
+        )
     return value
 
 
@@ -160,7 +162,9 @@ def _money(text: str | None) -> NanoUSD | None:
         return None
     value = _decimal(text)
     if value is None or not 0 <= value <= 1_000_000:
-        raise InvalidRequest("'x-farthing-max-cost' takes USD, such as 0.02.", param="x-farthing-max-cost")
+        raise InvalidRequest(
+            "'x-farthing-max-cost' takes USD as a plain number, such as 0.02.", param="x-farthing-max-cost"
+        )
     return NanoUSD(int(value * NANO_PER_USD))
 
 
