@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from classifiers.pairs.bound import Labelled, Prior, binomial_tail, certify
+from classifiers.pairs.bound import Certificate, Labelled, Prior, binomial_tail, certify
 from router.core.cached import CacheBook, CacheLabel
 
 log = logging.getLogger("farthing")
@@ -126,13 +126,21 @@ def _certified(
     prior: tuple[int, Prior] | None,
 ) -> tuple[Standing, tuple[int, Prior] | None]:
     if pool and (prior is None or prior[0] != len(pool)):
-        prior = (len(pool), Prior.of(_labelled(pool)))
+        prior = (len(pool), Prior.of(labelled(pool)))
+    standing, _ = certified(labels, prior[1] if prior and pool else None, max_error)
+    return standing, prior
+
+
+def certified(
+    labels: Sequence[CacheLabel], prior: Prior | None, max_error: float
+) -> tuple[Standing, Certificate]:
+    """What a scope's labels, in the order they were booked, allow in mode `certified`."""
     # What is checked depends on the scope's state before the request and never on the score, so within a scope every
     # label is as good a draw of its candidates as any other: all count the same.
-    certificate = certify(_labelled(labels), max_error=max_error, prior=prior[1] if prior and pool else None)
+    certificate = certify(labelled(labels), max_error=max_error, prior=prior)
     threshold = certificate.threshold
     broken = threshold is not None and drifted(labels, threshold, max_error)
-    return Standing(threshold, broken), prior
+    return Standing(threshold, broken), certificate
 
 
 def _enforced(labels: Sequence[CacheLabel], max_error: float, shipped: Callable[[], float]) -> Standing:
@@ -156,5 +164,5 @@ def drifted(labels: Sequence[CacheLabel], threshold: float, max_error: float) ->
     return False
 
 
-def _labelled(labels: Sequence[CacheLabel]) -> list[Labelled]:
+def labelled(labels: Sequence[CacheLabel]) -> list[Labelled]:
     return [Labelled(label.score, label.right) for label in labels]

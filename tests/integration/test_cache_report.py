@@ -203,6 +203,20 @@ def test_a_scope_with_the_evidence_serves(engine: Engine, tmp_path: Path) -> Non
     assert row["wrong_high"] < Decimal("0.05")
 
 
+def test_a_scope_whose_latest_checks_went_wrong_is_stopped_and_not_certified(
+    engine: Engine, tmp_path: Path
+) -> None:
+    records = []
+    for at in range(460):
+        record = settled(new_id(), tags={})
+        found = candidate(scope="s", mode="certified", probability=0.999)
+        label = replace(cache_labelled(replace(record, candidate=found)), right=at < 400 or at % 3 != 0)
+        records.append(replace(record, candidate=found, cache_labels=(label,)))
+    Ledger(engine).write(records, fresh=True)
+    [row] = rows_of(cache_report(engine, tmp_path, ("scope",), max_error=bound))
+    assert (row["certified"], row["stopped"], row["waiting"], row["labels_missing"]) == (0, 1, 0, None)
+
+
 def test_what_callers_report_stands_apart_and_the_newest_counts(engine: Engine, tmp_path: Path) -> None:
     first, second = hit("semantic", entry="e1"), hit("exact", entry="e2")
     Ledger(engine).write([first, second], fresh=True)

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from classifiers.pairs.bound import Certificate, Labelled, Prior, certify, interval
+from classifiers.pairs.bound import Certificate, Labelled, Prior, interval
 from router.adapters.sql.cache_book import FEEDBACK, SqlCacheBook
 from router.adapters.sql.database import one_snapshot, unavailable
 from router.adapters.sql.reports import (
@@ -36,10 +36,10 @@ from router.adapters.sql.reports import (
 )
 from router.adapters.sql.schema import cache_candidates, cache_labels, requests
 from router.adapters.sql.spend import journalled_ids
-from router.core.cached import CacheLabel
 from router.core.errors import ConfigurationError, RequestError
 from router.core.policy import CacheUse
 from router.core.ports import Snapshot
+from router.stages.evidence import Standing, certified, labelled
 
 SCOPE = "scope"
 CERTIFIED = "certified"
@@ -58,6 +58,7 @@ COLUMNS = (
     "reported_right",
     "reported_wrong",
     "certified",
+    "stopped",
     "waiting",
     "labels_missing",
 )
@@ -117,8 +118,8 @@ def cache_report(
     `certified` without enough evidence) kept back, `would_save_usd` what they would have saved. `wrong_rate`, between
     `wrong_low` and `wrong_high` with 95 % confidence, is the share of wrong answers among those that were or would
     have been served, from `labels` checks; what callers reported stands apart, as they report what went wrong.
-    `certified` scopes have shown the policy's bound; those `waiting` lack about `labels_missing` checks together
-    (None: not known, or hopeless).
+    `certified` scopes have shown the policy's bound; `stopped` ones had, and then too many of their latest
+    checks went wrong: they serve nothing; those `waiting` lack about `labels_missing` checks together (None: not known, or hopeless).
 
     Raises ConfigurationError for an unknown dimension, UnavailableError when SQL does not answer.
     """
@@ -140,14 +141,14 @@ def cache_report(
             unsettled = unsettled_of(connection, ids)
     except SQLAlchemyError as error:
         raise unavailable(error) from None
-    certificates = _certificates(engine, scopes, max_error)
+    weighed = _weighed(engine, scopes, max_error)
     rows = []
     for key, group in groups.items():
         row = dimensions_of(by, key)
         if SCOPE in by:
             found = scopes.get(str(row[SCOPE]))
             row["mode"] = None if found is None else found.mode
-        rows.append({**row, **_figures(group, scopes, certificates)})
+        rows.append({**row, **_figures(group, weighed)})
     columns = (*by, "mode", *COLUMNS) if SCOPE in by else (*by, *COLUMNS)
     unpriced = sum(group.sums["unpriced"] for group in groups.values())
     health = {**health_of(journals, unsettled, {}), "hits_without_price": unpriced}
@@ -268,50 +269,44 @@ def _read_scopes(
 # -- what the evidence says --
 
 
-def _certificates(
-    engine: Engine, scopes: Mapping[str, _Scope], max_error: MaxError
-) -> dict[str, Certificate | None]:
-    """Of each scope in mode `certified`, by the evidence a gateway goes by; None where the bound is not known."""
+_Weighed = tuple[Standing, Certificate]
+
+
+def _weighed(engine: Engine, scopes: Mapping[str, _Scope], max_error: MaxError) -> dict[str, _Weighed | None]:
+    """Of each scope in mode `certified`, what its evidence says to a gateway; None where the bound is not known."""
     asked = {name: scope for name, scope in scopes.items() if scope.mode == CERTIFIED}
     if not asked:
         return {}
     book = SqlCacheBook(engine, use=lambda: CacheUse(semantic=True))
     book.refresh_now()
     priors: dict[int, Prior] = {}
-    certificates: dict[str, Certificate | None] = {}
+    weighed: dict[str, _Weighed | None] = {}
     for name, scope in asked.items():
         bound = max_error(scope.team, scope.app, scope.tags)
         if bound is None or not 0 < bound < 1:
-            certificates[name] = None
+            weighed[name] = None
             continue
         pool = book.pool(name)
         if len(pool) not in priors:
-            priors[len(pool)] = Prior.of(_labelled(pool))
-        # As `router/stages/evidence.py`: within a scope every label is as good a draw as any other.
-        prior = priors[len(pool)] if pool else None
-        certificates[name] = certify(_labelled(book.labels(name)), max_error=bound, prior=prior)
-    return certificates
+            priors[len(pool)] = Prior.of(labelled(pool))
+        weighed[name] = certified(book.labels(name), priors[len(pool)] if pool else None, bound)
+    return weighed
 
 
-def _labelled(labels: Sequence[CacheLabel]) -> list[Labelled]:
-    return [Labelled(label.score, label.right) for label in labels]
-
-
-def _figures(
-    group: _Group, scopes: Mapping[str, _Scope], certificates: Mapping[str, Certificate | None]
-) -> dict[str, Cell | Usd]:
+def _figures(group: _Group, weighed: Mapping[str, _Weighed | None]) -> dict[str, Cell | Usd]:
     sums = group.sums
     hits = sums["exact"] + sums["semantic"]
     rate = low = high = None
     if group.checked:
         least = min(label.propensity for label in group.checked)
         rate, low, high = map(_share, interval(group.checked, min_propensity=least))
-    mine = [scope for scope in group.scopes if scope in certificates]
-    waiting = [scope for scope in mine if not _holds(certificates[scope])]
+    mine = [weighed[scope] for scope in group.scopes if scope in weighed]
+    standings = [found[0] for found in mine if found is not None and found[0].threshold is not None]
+    stopped = sum(standing.broken for standing in standings)
     missing = [
-        certificate.missing
-        for scope in waiting
-        if (certificate := certificates[scope]) is not None and certificate.missing is not None
+        found[1].missing
+        for found in mine
+        if found is not None and found[0].threshold is None and found[1].missing is not None
     ]
     return {
         "requests": sums["requests"],
@@ -327,14 +322,11 @@ def _figures(
         "wrong_high": high,
         "reported_right": sum(group.reported),
         "reported_wrong": len(group.reported) - sum(group.reported),
-        "certified": len(mine) - len(waiting),
-        "waiting": len(waiting),
+        "certified": len(standings) - stopped,
+        "stopped": stopped,
+        "waiting": len(mine) - len(standings),
         "labels_missing": sum(missing) if missing else None,
     }
-
-
-def _holds(certificate: Certificate | None) -> bool:
-    return certificate is not None and certificate.threshold is not None
 
 
 def _share(value: float) -> Decimal:
