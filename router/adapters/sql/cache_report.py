@@ -118,8 +118,9 @@ def cache_report(
     `certified` without enough evidence) kept back, `would_save_usd` what they would have saved. `wrong_rate`, between
     `wrong_low` and `wrong_high` with 95 % confidence, is the share of wrong answers among those that were or would
     have been served, from `labels` checks; what callers reported stands apart, as they report what went wrong.
-    `certified` scopes have shown the policy's bound; `stopped` ones had, and then too many of their latest
-    checks went wrong: they serve nothing; those `waiting` lack about `labels_missing` checks together (None: not known, or hopeless).
+    `certified` scopes have shown the policy's bound; `stopped` ones had, and then too many of their latest checks
+    went wrong: they serve nothing; those `waiting` lack about `labels_missing` checks together (None: not known, or
+    hopeless).
 
     Raises ConfigurationError for an unknown dimension, UnavailableError when SQL does not answer.
     """
