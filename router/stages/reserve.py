@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from msgspec import Struct, structs
 
@@ -14,6 +15,8 @@ from router.core.pricing import output_bound, usd, worst_case
 from router.core.types import BudgetWindow, ChatRequest, NanoUSD
 from router.stages.exchange import Exchange
 
+_CALLERS_TOOLS = ("function", "custom")
+"""Types of tools that the caller runs."""
 _BOUNDED_NEEDS = frozenset({"tools", "json_schema", "vision", "audio"})
 
 
@@ -41,6 +44,13 @@ class Reserve:
                 f"The cost of {', '.join(sorted(unbounded))} content has no known bound, and a budget with a "
                 "hard cap covers this caller. Leave it out, or lift the cap.",
                 param="messages",
+                code="unbounded_cost",
+            )
+        if capped and (fees := _fees(exchange.request.body)) is not None:
+            raise InvalidRequest(
+                f"'{fees}' asks for a tool that the provider runs and bills for beside the tokens. Its fees have no "
+                "known bound, and a budget with a hard cap covers this caller. Leave it out, or lift the cap.",
+                param=fees,
                 code="unbounded_cost",
             )
         exchange.windows = tuple(BudgetWindow(limit.key, policy.period) for limit in policy.budgets)
@@ -109,6 +119,18 @@ class Reserve:
             return False
         exchange.worst_case = NanoUSD(exchange.worst_case + amount)
         return True
+
+
+def _fees(body: Mapping[str, Any]) -> str | None:
+    """The field that asks a provider for more than tokens."""
+    if body.get("web_search_options") is not None:
+        return "web_search_options"
+    tools = body.get("tools")
+    if isinstance(tools, list):
+        for tool in tools:
+            if isinstance(tool, dict) and tool.get("type", "function") not in _CALLERS_TOOLS:
+                return "tools"
+    return None
 
 
 def worst_case_of(exchange: Exchange, name: str) -> NanoUSD | None:

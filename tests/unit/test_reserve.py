@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from router.core.errors import BudgetExceeded, UpstreamFailed
+from router.core.errors import BudgetExceeded, InvalidRequest, UpstreamFailed
 from tests.unit.pipeline_parts import POLICY, PROVIDERS, Rig, Script
 
 CAPPED = "capped: { budget: { month: 0.01, at_limit: refuse, hard_cap: 0.01 }, fallback: [] }"
@@ -50,3 +52,25 @@ async def test_a_fallback_without_a_price_is_not_tried_under_a_hard_cap() -> Non
     with pytest.raises(UpstreamFailed):
         await rig.ask("capped")
     assert [call.model.name for call in rig.wire.calls] == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"tools": [{"type": "function"}, {"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": ["function"]}]}, "tools"),
+    ],
+)
+async def test_fees_beside_the_tokens_are_refused_under_a_hard_cap(
+    fields: dict[str, Any], param: str
+) -> None:
+    rig = Rig(providers=PROVIDERS.replace("max_output: 1000,", "max_output: 1000, supports: [tools],"))
+    with pytest.raises(InvalidRequest) as refused:
+        await rig.ask("capped", **fields)
+    assert (refused.value.code, refused.value.param) == ("unbounded_cost", param)
+    assert rig.wire.calls == []
+    await rig.ask("alone", **fields)
+    for free in ({"web_search_options": None}, {"tools": [{"type": "function"}, {"type": "custom"}, {}]}):
+        await rig.ask("capped", max_tokens=10, **free)
+    assert len(rig.wire.calls) == 3
