@@ -21,6 +21,7 @@ from router.core.errors import (
     ModelNotFound,
     NotFound,
     RequestError,
+    RequestTimedOut,
     RequestTooLarge,
 )
 from router.core.openai_wire import error_frame
@@ -40,6 +41,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 MAX_BODY = 32 * 1024 * 1024
+READ_WITHIN = 300.0
+"""Seconds a body may take to come."""
 WATCH_AFTER = 0.05
 """Seconds after which an answer in the making is worth watching for a client that leaves."""
 LISTS = ("cache-control", "x-farthing-tags")
@@ -96,6 +99,7 @@ class DataPlane:
         identifiers: Identifiers,
         clock: Clock,
         max_body: int = MAX_BODY,
+        read_within: float = READ_WITHIN,
     ) -> None:
         self._pipeline = pipeline
         self._admission = admission
@@ -108,6 +112,7 @@ class DataPlane:
         self._identifiers = identifiers
         self._clock = clock
         self._max_body = max_body
+        self._bodies = _Bodies(read_within)
         self._handlers: dict[str, Callable[[Scope, Receive, _Reply, str], Awaitable[None]]] = {
             "/chat/completions": self._chat_completions,
             "/feedback": self._give_feedback,
@@ -154,7 +159,7 @@ class DataPlane:
         self._admission.check_room()
         key, loopback = self._admission.hashed(headers.get("authorization")), _is_loopback(scope)
         await self._admission.caller(key, loopback)
-        body = await _read_body(headers, receive, self._max_body)
+        body = await self._bodies.read(headers, receive, self._max_body)
         inbound = Inbound(reply.request_id, "chat.completions", headers, key, body, loopback)
         async with _Leaving(receive), self._pipeline.answer(inbound) as answer:
             if answer.content_type == "application/json":
@@ -169,14 +174,14 @@ class DataPlane:
     async def _give_feedback(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
         headers = _headers(scope)
         caller = await self._caller(headers, scope)
-        body = await _read_body(headers, receive, min(MAX_FEEDBACK_BODY, self._max_body))
+        body = await self._bodies.read(headers, receive, min(MAX_FEEDBACK_BODY, self._max_body))
         score = await self._feedback.give(caller, body)
         await reply.json(200, {"request_id": score.request_id, "score": score.score, "stored": True})
 
     async def _judge_hit(self, scope: Scope, receive: Receive, reply: _Reply, _: str) -> None:
         headers = _headers(scope)
         caller = await self._caller(headers, scope)
-        body = await _read_body(headers, receive, min(MAX_FEEDBACK_BODY, self._max_body))
+        body = await self._bodies.read(headers, receive, min(MAX_FEEDBACK_BODY, self._max_body))
         verdict, judged = await self._cache_feedback.give(caller, body)
         said = {
             "request_id": verdict.request_id,
@@ -298,6 +303,45 @@ def _headers(scope: Scope) -> dict[str, str]:
 def _is_loopback(scope: Scope) -> bool:
     client = scope.get("client")
     return client is not None and str(client[0]).startswith(_LOOPBACK)
+
+
+class _Bodies:
+    """Reads bodies, and ends those that take too long. One timer looks at all of them: one of its own for each would
+    cost more than most bodies do.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since: dict[asyncio.Task[Any], float] = {}
+        self._late: set[asyncio.Task[Any]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def read(self, headers: Mapping[str, str], receive: Receive, limit: int) -> bytes:
+        """See `_read_body`. Raises RequestTimedOut as well."""
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        self._since[task] = loop.time()
+        if self._timer is None:
+            self._timer = loop.call_later(self._seconds / 4, self._look)
+        try:
+            return await _read_body(headers, receive, limit)
+        except asyncio.CancelledError:
+            if task in self._late and task.uncancel() == 0:
+                raise RequestTimedOut(
+                    f"The body did not come within {self._seconds:g} seconds. Send less, or faster."
+                ) from None
+            raise
+        finally:
+            del self._since[task]
+            self._late.discard(task)
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        for task, since in self._since.items():
+            if loop.time() - since > self._seconds and task not in self._late:
+                self._late.add(task)
+                task.cancel()
+        self._timer = loop.call_later(self._seconds / 4, self._look) if self._since else None
 
 
 async def _read_body(headers: Mapping[str, str], receive: Receive, limit: int) -> bytes:

@@ -28,6 +28,8 @@ def error_answer(error: RequestError) -> ErrorAnswer:
         headers["retry-after"] = str(max(0, math.ceil(error.retry_after)))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
+    if error.status == 408:
+        headers["connection"] = "close"  # what may still come of the body is not waited for
     if isinstance(error, MethodNotAllowed):
         headers["allow"] = ", ".join(error.allowed)
     if isinstance(error, UpstreamRejected):

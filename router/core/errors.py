@@ -94,6 +94,13 @@ class MethodNotAllowed(RequestError):
     """The methods that do."""
 
 
+class RequestTimedOut(RequestError):
+    """408: the body did not come in time."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class RequestTooLarge(RequestError):
     """413: the body passes the size limit."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from router.api import data_plane
 from router.api.data_plane import ROUTES, DataPlane
 from router.api.errors import error_answer, internal_error
 from router.core import errors
-from router.core.errors import RequestError, UpstreamRejected
+from router.core.errors import RequestError, RequestTimedOut, UpstreamRejected
 
 
 def tree(kind: type[RequestError]) -> Iterator[type[RequestError]]:
@@ -154,3 +155,43 @@ def test_the_data_plane_calls_nobody_but_through_the_pipeline() -> None:
     source = inspect.getsource(data_plane)
     for word in ("aiohttp", "httpx", ".send(call", "Upstream"):
         assert word not in source
+
+
+# -- bodies --
+
+
+async def test_a_body_that_does_not_end_is_not_waited_for() -> None:
+    bodies = data_plane._Bodies(0.08)
+    pieces = 0
+
+    async def dribble() -> dict[str, Any]:
+        nonlocal pieces
+        pieces += 1
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    with pytest.raises(RequestTimedOut) as caught:
+        await bodies.read({}, dribble, 10_000)
+    assert pieces > 1
+    assert error_answer(caught.value).headers["connection"] == "close"
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    await asyncio.sleep(0.05)
+    assert (bodies._since, bodies._late, bodies._timer) == ({}, set(), None)
+
+
+async def test_a_body_in_time_is_read_and_a_caller_that_leaves_is_no_late_one() -> None:
+    bodies = data_plane._Bodies(0.08)
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.03)
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    for _ in range(4):
+        assert await bodies.read({}, receive, 10) == b"{}"
+    reading = asyncio.create_task(bodies.read({}, receive, 10))
+    await asyncio.sleep(0)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
