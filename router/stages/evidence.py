@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -137,9 +137,10 @@ def certified(
     """What a scope's labels, in the order they were booked, allow in mode `certified`."""
     # What is checked depends on the scope's state before the request and never on the score, so within a scope every
     # label is as good a draw of its candidates as any other: all count the same.
-    certificate = certify(labelled(labels), max_error=max_error, prior=prior)
+    counts = counted(labels)
+    certificate = certify(labelled(counts), max_error=max_error, prior=prior)
     threshold = certificate.threshold
-    broken = threshold is not None and drifted(labels, threshold, max_error)
+    broken = threshold is not None and _drifted(labels, counts, threshold, max_error)
     return Standing(threshold, broken), certificate
 
 
@@ -147,7 +148,42 @@ def _enforced(labels: Sequence[CacheLabel], max_error: float, shipped: Callable[
     # Two right answers are seldom said in the same words: only a judge can break what ships with Farthing.
     judged = [label for label in labels if label.source == JUDGE]
     threshold = shipped()
-    return Standing(threshold, drifted(judged, threshold, max_error))
+    return Standing(threshold, _drifted(judged, counted(judged), threshold, max_error))
+
+
+def counted(labels: Sequence[CacheLabel]) -> Sequence[CacheLabel]:
+    """Of each key at most as many as of all the others together, in the order in which they come to count: what is
+    beyond waits until others have said more. One key alone counts in full, as it speaks for nobody else.
+
+    Which labels count, and when, depends on their keys and never on what they say, so they are as good a draw as all.
+    """
+    if len({label.key_id for label in labels}) < 2:
+        return labels
+    found: list[CacheLabel] = []
+    said: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    waiting: dict[str, deque[CacheLabel]] = {}
+    for number, label in enumerate(labels, 1):
+        said[label.key_id] += 1
+        waiting.setdefault(label.key_id, deque()).append(label)
+        # Only one key can be ahead of all the others, so there are never more than two of them here.
+        for key in tuple(waiting):
+            queue = waiting[key]
+            while queue and count[key] < number - said[key]:
+                found.append(queue.popleft())
+                count[key] += 1
+            if not queue:
+                del waiting[key]
+    return found
+
+
+def _drifted(
+    labels: Sequence[CacheLabel], counts: Sequence[CacheLabel], threshold: float, max_error: float
+) -> bool:
+    # Of all labels, so that a change is seen soon; of those that count, so that no key can drown what others find.
+    return drifted(labels, threshold, max_error) or (
+        counts is not labels and drifted(counts, threshold, max_error)
+    )
 
 
 def drifted(labels: Sequence[CacheLabel], threshold: float, max_error: float) -> bool:
