@@ -20,12 +20,29 @@ _WORDS = (
 )
 WORDS = _WORDS.split()
 
-# The static encoder is sure of these (the run checks it in the ledger); 15 to 22 word pieces.
+# One for each class, of 15 to 22 word pieces.
 STATIC = (
     "What is the capital city of the country where a %s was found near the %s and the %s?",
     "Explain how a %s works compared with a %s and a %s.",
     "Design a distributed %s store with a %s log and a %s index, and discuss trade-offs.",
 )
+# Of these, for each class, the run takes the one the static encoder is surest of.
+SURE = (
+    (
+        STATIC[0],
+        "How many letters are in the words %s, %s and %s?",
+        "What does the word %s mean, and what do %s and %s mean?",
+        "What is the Spanish word for %s, and for %s and %s?",
+    ),
+    (
+        STATIC[1],
+        "Write a lesson plan for children about a %s, a %s and a %s.",
+        "Write a blog post about how to choose a %s, a %s and a %s.",
+        "Write an email to a customer about a %s, a %s and a %s that came late.",
+    ),
+    (STATIC[2], "Prove or refute that every %s of a %s is a %s, and give a rigorous argument."),
+)
+SAMPLE = 300
 # The static verdict of about three quarters of these is too close to call; 21 word pieces.
 CLOSE = ("Is a %s heavier than a %s? Work it out from the size of the %s first.",)
 CLOSE_PIECES = 21
@@ -55,6 +72,19 @@ def prompt(templates: Sequence[str], number: int) -> str:
     # A prime to the number of words, so that each number has words of its own and neighbours share none.
     spread = number * 7919 % count**3
     return template % (WORDS[spread % count], WORDS[spread // count % count], WORDS[spread // count**2])
+
+
+def sure_templates() -> tuple[str, ...]:
+    """For each class the template of which the fewest prompts are too close to call for the static encoder."""
+    from classifiers.classifier import Classifier
+
+    classifier = Classifier.load()
+
+    def close(template: str) -> int:
+        verdicts = (classifier.classify(prompt((template,), number)) for number in range(SAMPLE))
+        return sum(map(classifier.needs_transformer, verdicts))
+
+    return tuple(min(templates, key=close) for templates in SURE)
 
 
 def close_prompts(count: int) -> list[str]:
