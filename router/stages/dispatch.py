@@ -293,7 +293,7 @@ class Dispatch:
             raise UpstreamError("protocol", "the stream held no event")
         seconds = self._clock.monotonic() - trial.started - (trial.first_token or 0.0) - trial.waited
         usage, estimated = self._usage(exchange, trial, None)
-        self._health.rate(trial.model.name, usage.output_total, seconds)
+        self._health.rate(trial.model.name, usage.output_total // exchange.request.choices, seconds)
         self._succeeded(exchange, trial, usage, estimated)
 
     async def _whole(self, exchange: Exchange, sink: AnswerSink, trial: _Trial, reply: UpstreamReply) -> None:
@@ -329,7 +329,7 @@ class Dispatch:
         # What of the whole time was the wait for the first token, at the rate this model writes with.
         # Without a known rate the two cannot be told apart, and nothing is recorded.
         if rate:
-            waited = max(seconds - usage.output_total / rate, 0.0)
+            waited = max(seconds - usage.output_total / exchange.request.choices / rate, 0.0)
             self._health.first_token(trial.model.name, waited, self._clock.monotonic())
         self._begin(exchange, sink, trial, reply)
         sink.append(body)

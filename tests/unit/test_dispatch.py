@@ -687,6 +687,18 @@ async def test_a_long_json_answer_is_no_slow_start() -> None:
     assert rig.health.status("one", "first", 1.0).first_token_p95 is not None
 
 
+async def test_choices_written_side_by_side_are_no_faster_model() -> None:
+    rig = Rig()
+    usage = {"prompt_tokens": 10, "completion_tokens": 400}
+    rig.wire.scripts["first"] = [Script(chunk("Hello"), 0.2, chunk(finish="stop"), chunk(usage=usage), DONE)]
+    asking = asyncio.create_task(rig.ask(stream=True, n=4))
+    await eventually(lambda: rig.wire.replies)
+    await asyncio.sleep(0.05)
+    rig.clock.advance(2.0)
+    await asking
+    assert rig.health.tokens_per_second("first") == 50
+
+
 async def test_a_stream_tells_its_first_token() -> None:
     rig = Rig()
     for number in range(6):
