@@ -29,6 +29,9 @@ _OPTION = re.compile(r"^[ \t]{0,4}\(?[A-J][.):][ \t]{1,4}(.*)$", re.MULTILINE)
 _NUMBER = re.compile(r"\d[\d,]{0,15}(?:\.\d{1,9})?")
 _FORMULA = re.compile(r"\b[a-z]\^|[a-z]_\d|\d?[a-z] ?[=+\-] ?[\w(]|\b[a-zA-Z]\([a-z]\)")
 _UNIT = re.compile(r"\d\s?(?:kg|g|mg|cm|mm|km|ms|[mslLJNVWKA]|Hz|mol|mL|eV)\b")
+# One of these is in every formula, and one of those a token of whatever looks like code.
+_SIGN = re.compile(r"[\^_=+(\-]")
+_CODE_TOKENS = frozenset(("{", "}", ";", "=", "def", "return", "int", "class"))
 _NUMERIC = re.compile(r"[\s$+-]{0,4}[\d,.]+\s?\S{0,6}")
 _CODE = re.compile(r"[{};]|=>|\b(?:def|return|int|class)\b")
 
@@ -87,6 +90,8 @@ _PHRASES = (
     "*",
     "^",
 )
+_CAPITAL_NEGATIONS = ("NOT", "EXCEPT", "LEAST", "FALSE", "INCORRECT")
+_UPPER, _DIGITS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"0123456789"
 _CATEGORY: dict[str, tuple[int, ...]] = {}
 for _index, _members in enumerate(_WORDS.values()):
     for _word in _members.split():
@@ -163,6 +168,8 @@ def encoders_id(encoders: Sequence[Encoder]) -> str:
 
 
 _TRUE = np.ones(1, dtype=bool)
+_SPREAD, _ODD, _OFFSET, _MIX = map(np.uint32, (2654435761, 40503, 97, 2246822519))
+_HALF, _KEPT = np.uint32(15), np.uint32(16)
 
 
 def _grams(words: list[str]) -> tuple[NDArray[np.int64], Floats]:
@@ -172,21 +179,34 @@ def _grams(words: list[str]) -> tuple[NDArray[np.int64], Floats]:
     crc = zlib.crc32
     one = np.array([crc(word.encode("utf-8", "replace")) for word in words], dtype=np.uint32)
     parts, last = [one], one
+    turned = one * _ODD + _OFFSET
     for size in range(1, min(MAX_GRAM, len(words))):
-        last = (last[:-1] * np.uint32(2654435761)) ^ (one[size:] * np.uint32(40503) + np.uint32(97))
+        last = (last[:-1] * _SPREAD) ^ turned[size:]
         parts.append(last)
     hashed = np.concatenate(parts)
-    hashed = ((hashed ^ (hashed >> np.uint32(15))) * np.uint32(2246822519)) >> np.uint32(16)
+    hashed ^= hashed >> _HALF
+    hashed *= _MIX
+    hashed >>= _KEPT
     hashed.sort()
     # As np.unique does it, without its ways through Python.
-    first = np.flatnonzero(np.concatenate((_TRUE, hashed[1:] != hashed[:-1])))
-    counts = np.diff(first, append=len(hashed))
-    return hashed[first].astype(np.int64), counts.astype(np.float32)
+    borders = np.concatenate((_TRUE, hashed[1:] != hashed[:-1], _TRUE)).nonzero()[0]
+    first = borders[:-1]
+    return hashed[first].astype(np.int64), (borders[1:] - first).astype(np.float32)
 
 
 def _structure(part: str, characters: int, tokens: list[str], lower: list[str]) -> Floats:
     log = math.log1p
-    first = _OPTION.search(part)
+    size, distinct = max(len(part), 1), set(lower)
+    if part.isascii():
+        # Deleting bytes is quicker than asking every character.
+        read, ascii_size = part.encode("ascii"), size
+        upper = len(read) - len(read.translate(None, _UPPER))
+        digits = len(read) - len(read.translate(None, _DIGITS))
+    else:
+        ascii_size = sum(character < "\x80" for character in part)
+        upper, digits = sum(map(str.isupper, part)), sum(map(str.isdigit, part))
+    # A pattern that cannot match is not tried: each takes microseconds that a request waits for.
+    first = _OPTION.search(part) if "\n" in part else None
     options = _OPTION.findall(part) if first else []
     if len(options) < 2:
         options, stem = [], part
@@ -200,10 +220,8 @@ def _structure(part: str, characters: int, tokens: list[str], lower: list[str]) 
     for option in options:
         inside = _TOKEN.findall(option.lower())
         overlap += sum(word in stem_words for word in inside) / max(len(inside), 1) / len(options)
-    numbers = _NUMBER.findall(stem)
+    numbers = _NUMBER.findall(stem) if digits else []
     values = [float(number.replace(",", "")) for number in numbers]
-    size = max(len(part), 1)
-    ascii_size = size if part.isascii() else sum(character < "\x80" for character in part)
     sentences = stem.count(". ") + stem.count("? ") + stem.count(".\n") + stem.count("?\n") + 1
     end = stem.rstrip()
     last_line = end.rpartition("\n")[2]
@@ -221,7 +239,7 @@ def _structure(part: str, characters: int, tokens: list[str], lower: list[str]) 
             sum(map(len, words)) / count,
             log(sentences),
             min(count / sentences / 20.0, 20.0),
-            len(set(lower)) / max(len(lower), 1),
+            len(distinct) / max(len(lower), 1),
             len(options) / 4.0,
             log(sum(lengths) / len(lengths)),
             log(max(lengths)),
@@ -236,21 +254,21 @@ def _structure(part: str, characters: int, tokens: list[str], lower: list[str]) 
             log(min(max(values, default=0.0), 1e12)) / 5.0,
             log(min(min(values, default=0.0), 1e12)) / 5.0,
             float(any("." in number for number in numbers)),
-            log(len(_FORMULA.findall(part))),
-            log(len(_UNIT.findall(part))),
-            log(len(_CODE.findall(part))),
-            float(sum(part.count(word) for word in ("NOT", "EXCEPT", "LEAST", "FALSE", "INCORRECT"))),
+            log(len(_FORMULA.findall(part)) if _SIGN.search(part) else 0),
+            log(len(_UNIT.findall(part)) if digits else 0),
+            log(0 if distinct.isdisjoint(_CODE_TOKENS) else len(_CODE.findall(part))),
+            float(sum(map(part.count, _CAPITAL_NEGATIONS))),
             float(end.endswith("?")),
             float(end.endswith(":")),
-            sum(map(str.isupper, part)) / size * 10.0,
-            sum(map(str.isdigit, part)) / size * 5.0,
-            sum(word[0].isupper() for word in words) / count,
+            upper / size * 10.0,
+            digits / size * 5.0,
+            sum([word[0].isupper() for word in words]) / count,
             (1.0 - ascii_size / size) * 10.0,
             log(last_line.count(" ") + 1),
             log(last_sentence.count(" ") + 1),
-            sum(len(word) > 9 for word in words) / count * 5.0,
-            *(log(number) for number in categories),
-            *(log(folded.count(phrase)) for phrase in _PHRASES),
+            sum([len(word) > 9 for word in words]) / count * 5.0,
+            *map(log, categories),
+            *map(log, map(folded.count, _PHRASES)),
         ),
         dtype=np.float32,
     )
