@@ -84,6 +84,8 @@ def fit(
     examples: Examples, priors: Priors, encoder_id: str, seed: int, trees: int | None = None
 ) -> SuccessHeads:
     """Heads of all rows. `priors` names the models in the order of `examples.models`. Needs scikit-learn."""
+    at = np.full(len(examples.prompts), -np.inf)
+    np.maximum.at(at, examples.prompt, examples.at)
     return SuccessHeads.fit(
         examples.prompts,
         examples.classes,
@@ -92,6 +94,7 @@ def fit(
         encoder_id=encoder_id,
         seed=seed,
         trees=TREES if trees is None else trees,
+        at=at,
     )
 
 

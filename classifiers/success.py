@@ -19,10 +19,12 @@ it had not seen), one forest for all models. A leaf keeps, per model, the sum of
 prediction is sum(residuals) / (sum(weights) + SHRINKAGE * trees), the posterior mean under a prior worth SHRINKAGE
 labels: no labels near the prompt, no departure from the base. w, a, b come from predictions for rows the learners had
 not seen. Trees split where models differ rather than where all do better or worse (COMMON).
-*carry* is 1 unless `cautious`. A router acts on which model does better here, and that is what it loses by on kinds
-of prompts without labels. So clusters of the labelled prompts are held out. Where what the ridge knows of such
-differences carries over to them (most of what it explains of rows held out at random), they are believed in full,
-else to CAUTION. It is one number for all prompts, so that those which gain most from a stronger model stay in order.
+*carry* is 1 where the labelled prompts are of the same kinds at all times: those to come will be so too. Where kinds
+come and go with time (`_moved`), some will come that have no labels. A router acts on which model does better here,
+and that is what it loses by there. So clusters of the labelled prompts are held out. Where what the ridge knows of
+such differences carries over to them (most of what it explains of rows held out at random), they are believed in
+full, else down to CAUTION, as far as kinds move. It is one number for all prompts, so that those which gain most from
+a stronger model stay in order.
 *familiarity* falls from 1 to 0 with the cosine to the nearest remembered prompt; at 0 the prior stands alone.
 
 The interval is Wilson's (1927) with `evidence` + PRIOR_WORTH observations, evidence being the labels of this model
@@ -35,6 +37,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +75,9 @@ FOLDS = 4
 # must be explained of held-out clusters too for that least and for all.
 CAUTION, CARRIED = 0.3, (0.3, 0.6)
 CLUSTERS, CLUSTERED_LABELS = 8, 8000
+# Do kinds of prompts come and go? How many parts of time are compared, how many orders by lot they must differ more
+# than, and the share of prompts that other times lack from which on caution is whole.
+QUARTERS, CHANCES, MOVED = 4, 20, 0.5
 CALIBRATION_WORTH = 5.0
 LANDMARKS = 512
 # Shares of the labelled prompts below which familiarity starts to fall, and below which it is gone.
@@ -143,31 +149,12 @@ class SuccessHeads:
             self._depth = int(metadata["depth"])
             self._trees = len(self.arrays["roots"])
             self._labels = self.arrays["labels"].tolist()
-            # By twice the node's number, and as `take` wants its indices: it would convert them each time.
-            self._walk = (
-                np.repeat(self.arrays["feature"].astype(np.intp), 2),
-                np.repeat(self.arrays["threshold"], 2),
-                2 * self.arrays["children"].reshape(-1).astype(np.intp),
-                2 * self.arrays["roots"].astype(np.intp),
-                np.repeat(self.arrays["leaf"].astype(np.intp), 2),
-            )
             self._priors, self._base = _by_class(self.arrays["priors"]), _by_class(self.arrays["base"])
             self._blend, self._carry = float(metadata["blend"]), float(metadata["carry"])
             self._labelled = self.arrays["labels"] > 0
-            # The same trees for one prompt: every node takes two places, its number doubled, so that a step is one
-            # addition, and in the type that numpy indexes by (a third of the time).
-            own = self.arrays
-            self._places: dict[str, NDArray[Any]] = {
-                "roots": (2 * own["roots"]).astype(np.intp),
-                "feature": np.repeat(own["feature"], 2).astype(np.intp),
-                "threshold": np.repeat(own["threshold"], 2),
-                "children": (2 * own["children"].reshape(-1)).astype(np.intp),
-                "leaf": np.repeat(own["leaf"], 2).astype(np.intp),
-            }
-            self._leaves = np.concatenate((own["sums"], own["weights"]), axis=1)
-            self._ones = np.ones(self._trees, dtype=np.float32)
             self._landmark_squares = _squares(self.arrays["landmark_structure"], self.arrays["landmarks"])
             self._nearness = (float(metadata["nearness"][0]), float(metadata["nearness"][1]))
+            self._one = _One(self)
             if tuple(metadata["features"]) != features.NAMES:
                 raise ArtefactError("the success heads were learned on other features: learn again")
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -221,23 +208,33 @@ class SuccessHeads:
         A model the heads do not know, or know no labels of, gets its prior. Raises ArtefactError when the
         vector's length is not that of the encoder the heads were learned on.
         """
-        probability, near, familiar = self._chunk((prompt,), (prompt_class,))
-        familiarity = float(familiar[0])
+        if len(prompt.vector) != self.arrays["center"].shape[0]:
+            raise self._other_vector(len(prompt.vector))
+        known = self._class.get(prompt_class)
+        found: dict[str, Estimate] = {}
+        familiarity = 0.0
+        if known is not None:
+            probability, evidence, familiarity = self._one.predict(prompt, known)
+            if familiarity > 0.0:
+                lowest, highest = _wilson(probability, evidence + PRIOR_WORTH)
+                columns = (probability.tolist(), lowest.tolist(), highest.tolist(), evidence.tolist())
+                rows = zip(*columns, repeat(familiarity), repeat("learned"), strict=False)
+                found = dict(zip(self.models, map(Estimate._make, rows), strict=True))
         result = {}
-        evidence = near[0] * familiarity
-        lowest, highest = _wilson(probability[0], evidence + PRIOR_WORTH)
-        columns = (probability[0].tolist(), lowest.tolist(), highest.tolist(), evidence.tolist())
-        found = [Estimate(*row, familiarity, "learned") for row in zip(*columns, strict=True)]
-        known = prompt_class in self._class
         for model, prior in priors.items():
             row = self._row.get(model)
-            if row is not None and known and familiarity > 0.0 and self._labels[row]:
-                result[model] = found[row]
+            if row is not None and self._labels[row] and found:
+                result[model] = found[model]
                 continue
             lower, upper = wilson(prior, PRIOR_WORTH)
-            source = "prior" if row is None or not known or not self._labels[row] else "unfamiliar"
+            source = "prior" if row is None or known is None or not self._labels[row] else "unfamiliar"
             result[model] = Estimate(float(prior), lower, upper, 0.0, familiarity, source)
         return result
+
+    def _other_vector(self, found: int) -> ArtefactError:
+        return ArtefactError(
+            f"the heads were learned on vectors of {self.arrays['center'].shape[0]} numbers, got {found}"
+        )
 
     def predict_many(self, prompts: Sequence[PromptFeatures], classes: Sequence[str]) -> Batch:
         """Estimate all models on all prompts; an unknown class gets the mean over classes as its base."""
@@ -250,9 +247,7 @@ class SuccessHeads:
         a = self.arrays
         vector = np.stack([prompt.vector for prompt in prompts])
         if vector.shape[1] != a["center"].shape[0]:
-            raise ArtefactError(
-                f"the heads were learned on vectors of {a['center'].shape[0]} numbers, got {vector.shape[1]}"
-            )
+            raise self._other_vector(vector.shape[1])
         structure = np.stack([prompt.structure for prompt in prompts])
         cosines = vector @ a["landmarks"].T
         familiarity = familiarity_of(cosines.max(axis=1), self._nearness)
@@ -293,14 +288,6 @@ class SuccessHeads:
 
     def _forest(self, x: Array) -> tuple[Doubles, Doubles]:
         a = self.arrays
-        if len(x) == 1:
-            # What a request waits for.
-            prompt, place = x[0], self._places["roots"]
-            feature, threshold, children = (self._places[n] for n in ("feature", "threshold", "children"))
-            for _ in range(self._depth):
-                place = children[place + (prompt[feature[place]] > threshold[place])]
-            found = self._ones @ self._leaves[self._places["leaf"][place]]
-            return found[None, : len(self.models)], found[None, len(self.models) :]
         node = np.broadcast_to(a["roots"], (len(x), self._trees))
         feature, threshold, children = a["feature"], a["threshold"], a["children"].reshape(-1)
         row = np.arange(len(x))[:, None]
@@ -358,15 +345,14 @@ class SuccessHeads:
         encoder_id: str,
         seed: int,
         trees: int = TREES,
-        cautious: bool = False,
+        at: Doubles | None = None,
     ) -> SuccessHeads:
         """Learn from labels; `priors`: model -> class -> probability, in the order `labels.model` indexes.
 
-        `classes` gives each prompt's class. `cautious`: the heads will be asked about kinds of prompts that no label
-        speaks of, so differences between models are believed only as far as they carry over (`carry` above). Equal
-        input, seed and one BLAS thread give equal arrays. Raises
-        ValueError for labels out of range, unknown classes or fewer than 30 labelled prompts, and
-        ModuleNotFoundError without scikit-learn.
+        `classes` gives each prompt's class, `at` when it was labelled, in any unit (None: all at one time), which
+        decides how far differences between models are believed (`carry` above). Equal input, seed and one BLAS thread
+        give equal arrays. Raises ValueError for labels out of range, unknown classes or fewer than 30 labelled
+        prompts, and ModuleNotFoundError without scikit-learn.
         """
         models, names = tuple(priors), tuple(dict.fromkeys(name for row in priors.values() for name in row))
         y, weight = _matrix(labels, len(prompts), len(models))
@@ -397,7 +383,7 @@ class SuccessHeads:
             encoder_id,
             seed,
             trees,
-            cautious,
+            None if at is None else at[kept],
             rng,
         )
 
@@ -410,11 +396,129 @@ def wilson(p: float, n: float) -> tuple[float, float]:
 
 
 def _wilson(p: Doubles, n: Doubles) -> tuple[Doubles, Doubles]:
-    """Return `wilson` of many proportions at once."""
-    scale = 1.0 / (1.0 + Z * Z / n)
-    center = (p + Z * Z / (2.0 * n)) * scale
-    half = Z * scale * np.sqrt(p * (1.0 - p) / n + Z * Z / (4.0 * n * n))
-    return np.maximum(0.0, center - half), np.minimum(1.0, center + half)
+    """Return `wilson` of many proportions at once; numerators and denominator times n."""
+    good, whole = p * n, n + Z * Z
+    half = np.sqrt(good - good * p + Z * Z / 4.0) * Z
+    good += Z * Z / 2.0
+    return np.maximum((good - half) / whole, 0.0), np.minimum((good + half) / whole, 1.0)
+
+
+def _by_level(roots: NDArray[Any], children: NDArray[Any]) -> tuple[Integers, Integers]:
+    """Return all trees' nodes level by level, a right child behind its left one, and where each one's left child
+    stands (itself, where it has none)."""
+    levels, lefts, count = [roots.astype(np.int64)], [], len(roots)
+    while len(levels[-1]):
+        here = levels[-1]
+        inner = children[here, 0] != here
+        own = np.arange(count - len(here), count)
+        lefts.append(np.where(inner, count + 2 * (np.cumsum(inner) - 1), own))
+        levels.append(children[here[inner]].reshape(-1).astype(np.int64))
+        count += len(levels[-1])
+        if count > len(children):
+            raise ValueError("a tree's node has two parents")
+    return np.concatenate(levels), np.concatenate(lefts)
+
+
+_ONE = np.float32(1.0)
+
+
+class _One:
+    """Heads laid out for one prompt, which a request waits for: the same numbers as of many (but for rounding), in
+    fewer and smaller steps. What one prompt costs is not arithmetic but calls and memory that is not in a cache.
+
+    Means and scales are folded into the weights. Trees: a right child stands behind its left one, so that a step is
+    an addition, all of a level side by side, and in the type that numpy indexes by.
+    """
+
+    def __init__(self, heads: SuccessHeads) -> None:
+        a, self._trees, self._depth = heads.arrays, heads._trees, heads._depth
+        width, self._models = len(a["structure_mean"]), len(heads.models)
+        reach = STRUCTURE_SCALE / math.sqrt(width)
+        self._mean, self._scale = a["structure_mean"], (reach / a["structure_scale"]).astype(np.float32)
+        self._most = np.full(width, 4.0 * reach, dtype=np.float32)
+        self._least = -self._most
+        # To what the ridge predicts beside n-grams and kernel, and to the components.
+        linear, dimensions = a["dense_weights"], len(a["center"])
+        self._dense = np.zeros(
+            (width + dimensions, self._models + a["components"].shape[1]), dtype=np.float32
+        )
+        self._dense[:width, : self._models] = linear[:width]
+        self._dense[width:, : self._models] = linear[width:] * VECTOR_SCALE
+        self._dense[width:, self._models :] = a["components"]
+        self._start = -(a["center"] @ self._dense[width:])
+        self._start[: self._models] += a["intercept"]
+        # As the kernel wants the products; familiarity's bounds with them.
+        twice = 2.0 * KERNEL_WIDTH * VECTOR_SCALE**2
+        self._landmarks = np.ascontiguousarray(twice * a["landmarks"].T, dtype=np.float32)
+        low, high = heads._nearness
+        self._low, self._familiar = twice * low, twice * max(high - low, 1e-6)
+        near = (2.0 * KERNEL_WIDTH * _KERNEL_STRUCTURE) * a["landmark_structure"].T
+        self._near = np.ascontiguousarray(near, dtype=np.float32)
+        self._squares = np.float32(KERNEL_WIDTH) * heads._landmark_squares
+        self._kernel, self._grams, self._idf = a["kernel_weights"], a["gram_weights"], a["idf"]
+        order, self._left = _by_level(a["roots"], a["children"])
+        ends = self._left == np.arange(len(order))
+        self._feature = a["feature"][order].astype(np.intp)
+        self._threshold = np.where(ends, np.float32(np.inf), a["threshold"][order])
+        self._leaf = a["leaf"][order].astype(np.intp)
+        self._leaves = np.concatenate((a["sums"], a["weights"]), axis=1)
+        self._every, self._roots = np.ones(self._trees, dtype=np.float32), np.arange(self._trees)
+        self._priors, self._logits, self._base = heads._priors, _logit(heads._priors), heads._base
+        self._slope, self._shift = np.ascontiguousarray(a["calibration"].T)
+        self._blend, self._carry, self._labelled = heads._blend, heads._carry, heads._labelled
+
+    def predict(self, prompt: PromptFeatures, prompt_class: int) -> tuple[Doubles, Doubles, float]:
+        """Return probability and evidence (models,) and familiarity; where that is 0, nothing of use beside."""
+        models, vector = self._models, prompt.vector
+        products = vector @ self._landmarks
+        familiarity = min(max((float(products[products.argmax()]) - self._low) / self._familiar, 0.0), 1.0)
+        if familiarity <= 0.0:
+            return self._priors[prompt_class], self._priors[prompt_class], 0.0
+        standard = (prompt.structure - self._mean) * self._scale
+        np.minimum(np.maximum(standard, self._least, out=standard), self._most, out=standard)
+        found = np.concatenate((standard, vector)) @ self._dense + self._start
+        own = _KERNEL_STRUCTURE * float(standard @ standard) + VECTOR_SCALE**2 * float(vector @ vector)
+        products += standard @ self._near
+        products -= self._squares
+        products -= np.float32(KERNEL_WIDTH * own)
+        ridge = found[:models]
+        ridge += np.exp(products, out=products) @ self._kernel
+        if len(prompt.grams):
+            values = np.log(prompt.counts)
+            values += _ONE
+            values *= self._idf.take(prompt.grams)
+            ridge += (values @ self._grams.take(prompt.grams, axis=0)) * np.float32(
+                1.0 / math.sqrt(float(values @ values))
+            )
+        x = np.concatenate((prompt.structure, found[models:], ridge))
+        feature, threshold, left, place = self._feature, self._threshold, self._left, self._roots
+        for _ in range(self._depth):
+            place = left[place] + (x[feature[place]] > threshold[place])
+        leaves = self._every @ self._leaves.take(self._leaf[place], axis=0)
+        weights = leaves[models:].astype(np.float64)
+        raw = leaves[:models] / (weights + SHRINKAGE * self._trees)
+        raw -= ridge
+        raw *= self._blend
+        raw += ridge
+        raw += self._base[prompt_class]
+        np.minimum(np.maximum(raw, 0.01, out=raw), 0.99, out=raw)
+        raw /= 1.0 - raw
+        before = self._logits[prompt_class]
+        moved = np.log(raw, out=raw)
+        moved -= before
+        moved *= self._slope
+        moved += self._shift
+        moved *= -familiarity
+        moved -= before
+        np.exp(moved, out=moved)
+        moved += 1.0
+        p: Doubles = 1.0 / moved
+        if self._carry < 1.0 and self._labelled.any():
+            beyond = p - self._priors[prompt_class]
+            beyond -= float(beyond[self._labelled].mean())
+            p = np.minimum(np.maximum(p - (1.0 - self._carry) * beyond, 0.0), 1.0)
+        weights *= familiarity / self._trees
+        return p, weights, familiarity
 
 
 def calibrate(prior: Doubles, raw: Doubles, familiarity: Doubles, calibration: NDArray[Any]) -> Doubles:
@@ -574,7 +678,7 @@ def _fit(
     encoder_id: str,
     seed: int,
     trees: int,
-    cautious: bool,
+    at: Doubles | None,
     rng: np.random.Generator,
 ) -> SuccessHeads:
     n = len(prompts)
@@ -632,11 +736,15 @@ def _fit(
         "landmarks": landmarks,
         "landmark_structure": landmark_structure,
     }
+    moved, carry = 0.0, 1.0
+    if at is not None:
+        moved, carry = _carry(grams, dense, linear, unseen_ridge, residual, weight, at, seed)
     metadata = {
         "features": list(features.NAMES),
         "depth": depth,
         "blend": blend,
-        "carry": _carry(grams, dense, linear, unseen_ridge, residual, weight, seed) if cautious else 1.0,
+        "carry": carry,
+        "moved": moved,
         "nearness": nearness,
         "seed": seed,
         "prompts": n,
@@ -686,9 +794,11 @@ def _carry(
     unseen_ridge: Doubles,
     residual: Doubles,
     weight: Doubles,
+    at: Doubles,
     seed: int,
-) -> float:
-    """Return how far differences between models are believed, CAUTION to 1, from at most 8,000 labels."""
+) -> tuple[float, float]:
+    """Return how far the kinds of prompts move with time, 0 to 1, and how far differences between models are
+    believed, CAUTION to 1; from at most 8,000 labels."""
     import warnings
 
     from sklearn.cluster import KMeans
@@ -700,6 +810,9 @@ def _carry(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Fewer distinct prompts than clusters.
         cluster = KMeans(CLUSTERS, n_init=1, random_state=seed).fit_predict(dense[:, :linear])
+    moved = _moved(cluster, at[kept], rng)
+    if moved <= 0.0:
+        return moved, 1.0
     unseen = np.zeros_like(residual)
     for number in range(CLUSTERS):
         train, test = cluster != number, cluster == number
@@ -709,10 +822,32 @@ def _carry(
     at_random, at_clusters = (
         float((w * (target**2 - (target - predicted) ** 2)).sum()) for predicted in (random, apart)
     )
-    if at_random <= 0.0:
-        return CAUTION
     low, high = CARRIED
-    return CAUTION + (1.0 - CAUTION) * min(max((at_clusters / at_random - low) / (high - low), 0.0), 1.0)
+    carried = 0.0
+    if at_random > 0.0:
+        carried = min(max((at_clusters / at_random - low) / (high - low), 0.0), 1.0)
+    return moved, 1.0 - min(moved / MOVED, 1.0) * (1.0 - CAUTION) * (1.0 - carried)
+
+
+def _moved(cluster: Integers, at: Doubles, rng: np.random.Generator) -> float:
+    """Return the share of prompts that are of other clusters than those of other times: the total variation between a
+    quarter of time and the rest, mean of the quarters, less what chance gives, as a share of what is left to it.
+
+    Prompts of one time stay together; where there is one time alone nothing moves.
+    """
+    ordered = np.sort(at)
+    quarter = (QUARTERS * np.searchsorted(ordered, at)) // len(at)
+
+    def variation(quarter: Integers) -> float:
+        counts = np.zeros((QUARTERS, CLUSTERS))
+        np.add.at(counts, (quarter, cluster), 1.0)
+        inside, outside = counts.sum(axis=1), len(at) - counts.sum(axis=1)
+        rest = (counts.sum(axis=0) - counts) / np.maximum(outside, 1.0)[:, None]
+        apart = 0.5 * np.abs(counts / np.maximum(inside, 1.0)[:, None] - rest).sum(axis=1)
+        return float((apart * inside * (outside > 0)).sum() / len(at))
+
+    chance = max(variation(rng.permutation(quarter)) for _ in range(CHANCES))
+    return max(variation(quarter) - chance, 0.0) / max(1.0 - chance, 1e-9)
 
 
 def _platt(prior: Doubles, raw: Doubles, familiarity: Doubles, y: Doubles, weight: Doubles) -> Doubles:

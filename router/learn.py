@@ -93,7 +93,7 @@ def learn(
         if (missing := own_traffic.MIN_PROMPTS - examples.labelled_prompts) > 0:
             return Learned(card, None, f"too few labels: {missing} more judged answers are missing")
         rows, held = own_traffic.split(examples, seed)
-        heads = fit(rows, priors, encoder_id, seed, trees)
+        heads = own_traffic.fit(rows, priors, encoder_id, seed, trees)
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"learning needs {error.name}, which the runtime leaves out for its size: pip install 'farthing[train]'"
@@ -103,6 +103,7 @@ def learn(
     wanted: dict[str, float] = {name: _min_quality(snapshot, name, at) for name in PROMPT_CLASSES}
     judgement: Judgement = own_traffic.judge(heads, held, priors, wanted, before, before_at)
     card |= judgement.card
+    card |= _belief(heads)
     if (thin := _no_better(heads, held, priors)) is not None:
         return Learned(card, heads, judgement.refusal or thin)
     if snapshot.learn is not None and snapshot.learn.certifies:
@@ -112,34 +113,20 @@ def learn(
     refusal = own_traffic.judge(heads, held, priors, wanted, None, 0.0).refusal
     if refusal is None and before is not None:
         older = held.rows(held.at <= before_at)
-        known = fit(_together(rows, older), priors, encoder_id, seed, trees)
+        known = own_traffic.fit(_together(rows, older), priors, encoder_id, seed, trees)
         refusal = _worse(known, before, held.rows(held.strong & (held.at > before_at)), priors, card)
     if refusal is None:
-        heads = fit(examples, priors, encoder_id, seed, trees)
+        heads = own_traffic.fit(examples, priors, encoder_id, seed, trees)
         nothing = own_traffic.calibration(heads, held.rows(np.zeros(len(held.score), dtype=bool)))
         heads.arrays.update(nothing.arrays())
         card["fitted_on"] = "all labels"
+        card |= _belief(heads)
     return Learned(card, heads, refusal)
 
 
-def fit(
-    examples: Examples,
-    priors: Mapping[str, Mapping[str, float]],
-    encoder_id: str,
-    seed: int,
-    trees: int | None,
-) -> SuccessHeads:
-    """Heads whose differences between models are believed in full. `carry` doubts them for kinds of prompts nobody
-    labelled; an installation's labels are drawn from the traffic the heads will see (docs/decisions/0142).
-    """
-    heads = own_traffic.fit(examples, priors, encoder_id, seed, trees)
-    return SuccessHeads(
-        models=heads.models,
-        classes=heads.classes,
-        encoder_id=heads.encoder_id,
-        arrays=heads.arrays,
-        metadata={**heads.metadata, "carry": 1.0},
-    )
+def _belief(heads: SuccessHeads) -> dict[str, float]:
+    """How far kinds of prompts come and go, and how far differences between models are believed for it."""
+    return {name: round(float(heads.metadata[name]), 3) for name in ("moved", "carry")}
 
 
 def _together(left: Examples, right: Examples) -> Examples:
@@ -406,6 +393,11 @@ def card_text(card: Mapping[str, Any]) -> str:
                     continue
                 shown = "not reached" if cost is None else f"{cost:.4f}"
                 lines.append(f"         {name.replace('_', ' '):15} {shown}")
+        if card["carry"] < 1.0:
+            lines.append(
+                f"Caution  {card['moved']:.0%} of the prompts are of kinds that other times lack: differences "
+                f"between models count {card['carry']:.0%}"
+            )
         if card["fitted_on"] == "all labels":
             lines.append("Fitted   once more with the held-out labels, as no class asks for confidence")
     if card["refused"]:

@@ -51,12 +51,11 @@ from classifiers import prompt_features
 from classifiers.classifier import Classifier
 from classifiers.encoder import DATA_DIRECTORY, StaticEncoder
 from classifiers.head import CLASSES
-from classifiers.own_traffic import Examples
+from classifiers.own_traffic import Examples, fit
 from classifiers.success import SuccessHeads
 from classifiers.success_features import PromptFeatures
 from router.adapters.sql import artefacts
 from router.adapters.sql.schema import labels as label_rows
-from router.learn import fit
 from tests.e2e.gateway import Gateway, providers_yaml, until
 
 Floats = NDArray[np.float64]
@@ -326,7 +325,7 @@ def passes(result: Mapping[str, Any]) -> bool:
 
 
 def replay(data: Recorded, seed: int) -> dict[str, Any]:
-    """The same experiment in numpy: heads by `router.learn`, choices as `decide` makes them."""
+    """The same experiment in numpy: heads by `own_traffic.fit`, choices as `decide` makes them."""
     given, half = world(data, seed), first_half(world(data, seed), seed)
     draws = np.random.default_rng((seed, 2))
     pilot = half.named < 0
@@ -356,14 +355,14 @@ def replay(data: Recorded, seed: int) -> dict[str, Any]:
         model=np.array([known.index(m) for m in model]),
         score=given.score[rows, model],
         weight=np.ones(len(prompt)),
-        at=np.zeros(len(prompt)),
+        at=prompt.astype(float),
         strong=np.ones(len(prompt), dtype=bool),
         key=np.array([""] * len(prompt)),
     )
     priors = {
         given.models[m]: {name: float(given.priors[m, at]) for at, name in enumerate(CLASSES)} for m in known
     }
-    heads = fit(examples, priors, StaticEncoder.load(DATA_DIRECTORY).id, 0, None)
+    heads = fit(examples, priors, StaticEncoder.load(DATA_DIRECTORY).id, 0)
     unlabelled = np.setdiff1d(given.first, rows)
     minimum = chosen_minimum(heads, given, unlabelled, spent)
     after = given.second_half

@@ -206,7 +206,7 @@ def _fit(
         priors,
         encoder_id=encoder_id,
         seed=seed,
-        cautious=True,
+        at=rows.astype(np.float64),
     )
 
 
@@ -381,7 +381,6 @@ def decision_times(
         priors,
         encoder_id=encoder_id,
         seed=0,
-        cautious=True,
     )
     now = dict.fromkeys(names, 0.6)
     text = "A baker sells 3 loaves for 2 dollars each and 5 rolls. How much does he earn?"

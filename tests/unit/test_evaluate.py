@@ -131,7 +131,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         import sys
 
         patch.setattr("classifiers.evaluate.LEARNING_CURVE", (60,))
-        patch.setattr("classifiers.success.SuccessHeads.fit.__func__.__kwdefaults__", {"trees": 5})
+        patch.setattr(
+            "classifiers.success.SuccessHeads.fit.__func__.__kwdefaults__", {"trees": 5, "at": None}
+        )
         captured = io.StringIO()
         patch.setattr(sys, "stdout", captured)
         assert main(argv) == 0
