@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from router.core.cached import CacheLabel, Invalidation, InvalidationKind, Invalidations
+from router.core.cached import CacheLabel, Invalidation, Invalidations, RuleKind
 
 FEEDBACK = "feedback"
 
@@ -18,7 +18,7 @@ class MemoryCacheBook:
         self.invalidations = Invalidations()
         self.revision = 0
 
-    def invalidate(self, kind: InvalidationKind, value: str, at: datetime) -> Invalidation:
+    def invalidate(self, kind: RuleKind, value: str, at: datetime) -> Invalidation:
         rule = Invalidation(len(self._rules) + 1, kind, value, at)
         self._rules.append(rule)
         self.invalidations = Invalidations(self._rules)

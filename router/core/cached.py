@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from router.core.types import Caller
 
 InvalidationKind = Literal["all", "team", "app", "model", "tag", "scope", "entry"]
+"""What people name. `pair` beside them comes of a wrong answer alone."""
+RuleKind = InvalidationKind | Literal["pair"]
 INVALIDATION_KINDS: tuple[InvalidationKind, ...] = ("all", "team", "app", "model", "tag", "scope", "entry")
 
 
@@ -145,7 +147,7 @@ class CacheCandidate:
 
     `probability`: the verifier's. `threshold`: at or above which it would have been served (above 1: never).
     `mode`: what was in force. `served`: it was the answer. `would_serve`: it would have been, had the mode let it.
-    `saved`: nano-USD that serving it saved or would have saved (None: unpriced).
+    `saved`: nano-USD that serving it saved or would have saved (None: unpriced). `pair`: keyed hash of both prompts.
     """
 
     scope: str
@@ -158,6 +160,7 @@ class CacheCandidate:
     would_serve: bool
     saved: int | None
     reasons: tuple[str, ...] = ()
+    pair: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +190,12 @@ class CacheLabel:
 class Invalidation:
     """A rule: stored answers it names are not served. `id` rises by one with each rule, in the order of commits.
 
-    `value`: TEAM, TEAM/APP, model name, `key=value` of a tag, scope hash, entry id; empty for `all`.
+    `value`: TEAM, TEAM/APP, model name, `key=value` of a tag, scope hash, entry id, hash of a pair of prompts; empty
+    for `all`.
     """
 
     id: int
-    kind: InvalidationKind
+    kind: RuleKind
     value: str
     at: datetime
 
@@ -208,6 +212,8 @@ class Invalidations:
             by_name[key] = max(rule.id, by_name.get(key, 0))
         self._newest = by_name
         self.generation = max([newest, *by_name.values()])
+        self.pairs = frozenset(value for kind, value in by_name if kind == "pair")
+        """Of two prompts of which neither may get the other's answer, whenever that was made."""
 
     def stale(self, origin: Origin) -> bool:
         """Whether a rule made after the answer's request was admitted, or against the entry itself, names it."""

@@ -344,6 +344,7 @@ class LikenessCache:
                     would_serve=would_serve,
                     saved=entry.cost,
                     reasons=one.reasons,
+                    pair=self._pair(inquiry, entry),
                 ),
                 comparable,
             )
@@ -391,6 +392,7 @@ class LikenessCache:
         """Entries near by sketch that may be served to this request, the nearest first."""
         inquiry.sketch = self._likeness.sketch(inquiry.text)
         rules = self._book.invalidations
+        wrong = rules.pairs
         return [
             (near.entry, near.similarity)
             for near in self._index.near(inquiry.partition, inquiry.sketch, NEAREST, FLOOR)
@@ -398,7 +400,15 @@ class LikenessCache:
             and near.entry.origin.model in exchange.policy.allow
             and fresh(exchange, near.entry.stored_at)
             and not rules.stale(near.entry.origin)
+            and not (wrong and self._pair(inquiry, near.entry) in wrong)
         ]
+
+    def _pair(self, inquiry: Inquiry, entry: SemanticEntry) -> str:
+        """Names the two prompts, whichever was stored. Its name outlives the entry, the texts do not."""
+        texts = sorted(
+            " ".join(text.split()).casefold().rstrip(" .?!") for text in (inquiry.text, entry.prompt)
+        )
+        return keyed(self._secret, json.dumps(["pair", inquiry.partition, *texts]))
 
     # ---- keeping ----
 

@@ -19,6 +19,7 @@ from router.adapters.sql import schema
 from router.adapters.sql.cache_book import Evidence, SqlCacheBook, first_day, first_id, invalidate, list_rules
 from router.adapters.sql.database import open_engine, writing
 from router.adapters.sql.ledger import Ledger, cache_label_row
+from router.adapters.sql.rules import quarantine
 from router.adapters.sql.verify import verify
 from router.core.cached import CacheBook, CacheLabel, Invalidation, InvalidationKind, Origin
 from router.core.errors import ConfigurationError, UnavailableError
@@ -211,12 +212,15 @@ def test_what_was_served_and_found_wrong_is_quarantined_with_its_label(engine: E
     )
     assert list_rules(engine) == []
     again = hit("semantic", entry="e3")
+    assert again.candidate is not None
+    again = replace(again, candidate=replace(again.candidate, pair="p3"))
     again = replace(again, cache_labels=(cache_labelled(again, right=False),))
     wrong = found(served, right=False, entry="e1")
     wrong = replace(wrong, cache_labels=(replace(wrong.cache_labels[0], source="agreement"),))
     ledger.write([wrong, again], fresh=True)
     ledger.write([wrong, again], fresh=False)
     assert [(rule.rule.kind, rule.rule.value, rule.by) for rule in list_rules(engine)] == [
+        ("pair", "p3", "check"),
         ("entry", "e3", "check"),
         ("entry", "e1", "check"),
     ]
@@ -298,6 +302,39 @@ def test_a_rule_outlives_every_answer_it_names_and_no_longer(engine: Engine) -> 
     aged = rig.another()
     aged.refresh_now()
     assert (aged.invalidations.stale(ANSWER), aged.invalidations.generation) == (False, 3)
+
+
+def test_pairs_of_prompts_stay_for_a_year_and_the_newest_are_kept(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_PAIRS", 3)
+    rig = Rig("sql", engine)
+    assert rig.sql is not None
+
+    def pairs() -> list[str]:
+        assert rig.sql is not None
+        rig.sql.refresh_now()
+        fresh = rig.another()
+        fresh.refresh_now()
+        assert fresh.invalidations.pairs == rig.sql.invalidations.pairs
+        return sorted(rig.sql.invalidations.pairs)
+
+    def wrong(entry: str, pair: str) -> None:
+        with writing(engine) as connection:
+            quarantine(connection, entry, pair, at=rig.now, by="key_1", reason="wrong")
+
+    wrong("e1", "p1")
+    assert pairs() == ["p1"]
+    rig.now = OPENED + timedelta(days=300)
+    wrong("e2", "p2")
+    assert pairs() == ["p1", "p2"]
+    assert not rig.sql.invalidations.stale(replace(ANSWER, entry="e1")), "the entry is long gone"
+    wrong("e3", "p3")
+    wrong("e4", "p4")
+    assert pairs() == ["p2", "p3", "p4"]
+    rig.now = OPENED + timedelta(days=700)
+    wrong("e5", "p5")
+    assert pairs() == ["p5"]
 
 
 def test_old_labels_go_by_the_month_and_by_number(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

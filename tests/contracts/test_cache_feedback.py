@@ -87,6 +87,20 @@ async def test_a_wrong_answer_is_named_by_a_rule_and_labelled(rig: Rig) -> None:
     assert verify(rig.engine, rig.folder).differences == []
 
 
+async def test_the_pair_of_prompts_is_named_beside_the_entry_and_once(rig: Rig) -> None:
+    for entry in ("entry-1", "entry-2"):
+        wrong = hit("semantic", entry=entry)
+        assert wrong.candidate is not None
+        request = rig.booked(replace(wrong, candidate=replace(wrong.candidate, pair="p1")))
+        for _ in range(2):
+            await rig.store.judge(MINE, request, False, None)
+    named = [(rule.rule.kind, rule.rule.value) for rule in list_rules(rig.engine)]
+    assert named == [("entry", "entry-2"), ("pair", "p1"), ("entry", "entry-1")]
+    assert list_rules(rig.engine, without_entries=True) == []
+    rig.book.refresh_now()
+    assert rig.book.invalidations.pairs == {"p1"}
+
+
 async def test_an_exact_hit_has_no_scope_and_is_quarantined_alike(rig: Rig) -> None:
     request = rig.booked(hit("exact", entry="entry-1"))
     assert await rig.store.judge(MINE, request, False, None) == JudgedHit("entry-1", quarantined=True)

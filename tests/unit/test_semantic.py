@@ -458,6 +458,41 @@ async def test_a_rule_takes_answers_out_of_both_caches(
         assert rig.last.cache == "semantic", "what was answered after the rule is fine"
 
 
+async def test_what_was_wrong_for_a_prompt_does_not_come_back_with_the_next_entry() -> None:
+    rig = SemanticRig(policy(cache="exact: false"))
+    await rig.chat(OPEN)
+    first = rig.last
+    await rig.chat(ALSO)
+    hit = rig.last.candidate
+    assert hit is not None
+    assert rig.last.cache == "semantic"
+    rig.book.invalidate("entry", first.id, rig.clock.now())
+    rig.book.invalidate("pair", hit.pair, rig.clock.now())
+    for again in (OPEN, ALSO):
+        await rig.chat(again)
+        assert rig.last.cache == "miss"
+    for again in (OPEN, ALSO):
+        await rig.chat(again)
+        assert rig.last.cache == "semantic"
+        assert rig.last.candidate is not None
+        assert rig.last.candidate.similarity > 0.999, "each gets its own"
+    await rig.chat("How do I open an account, please?")
+    assert rig.last.cache == "semantic", "others may get both"
+
+
+async def test_a_pair_has_one_name_whichever_was_stored() -> None:
+    rig = SemanticRig(policy(cache="exact: false"))
+    names = set()
+    for stored, asked in ((OPEN, ALSO), (ALSO, OPEN)):
+        await rig.chat(stored)
+        await rig.chat(asked)
+        assert rig.last.candidate is not None
+        names.add(rig.last.candidate.pair)
+        rig.book.invalidate("all", "", rig.clock.now())
+    assert len(names) == 1
+    assert len(names.pop()) == 64
+
+
 async def test_an_answer_on_its_way_when_the_rule_came_is_not_served() -> None:
     rig = SemanticRig()
     rig.wire.scripts["cheap"] = [Script(0.1, said("old"))]

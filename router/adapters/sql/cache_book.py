@@ -47,6 +47,8 @@ MAX_LABELS = 50_000
 _LABEL_STEP = MAX_LABELS // 5
 LEAST_DAYS = 8
 """A rule stays in force this long at least, and a day longer than any answer may be kept."""
+PAIR_DAYS, MAX_PAIRS = 365, 10_000
+"""What is known of a pair of prompts outlives the answers; the newest are kept."""
 MAX_VALUE = 200
 MAX_REASON = 500
 
@@ -99,11 +101,11 @@ class BookedRule:
 
 
 def list_rules(engine: Engine, limit: int = 50, *, without_entries: bool = False) -> list[BookedRule]:
-    """The newest first. `without_entries`: leaves out quarantined entries. Raises UnavailableError."""
+    """The newest first. `without_entries`: leaves out what single wrong answers brought. Raises UnavailableError."""
     table = cache_invalidations
     query = sa.select(table).order_by(table.c.id.desc()).limit(limit)
     if without_entries:
-        query = query.where(table.c.kind != "entry")
+        query = query.where(table.c.kind.not_in(("entry", "pair")))
     try:
         with engine.connect() as connection:
             return [BookedRule(_rule(row), row.by, row.reason) for row in connection.execute(query)]
@@ -308,10 +310,24 @@ class SqlCacheBook:
     def _read_rules(self, connection: Connection, use: CacheUse) -> None:
         table = cache_invalidations
         keep = max(LEAST_DAYS * DAY, use.longest_ttl + DAY)
-        since = self._now() - timedelta(seconds=keep)
+        now = self._now()
+        since, pairs_since = (
+            now - timedelta(seconds=keep),
+            now - timedelta(seconds=max(keep, PAIR_DAYS * DAY)),
+        )
         if keep > self._reaches:  # answers may now live longer than the rules that were read
-            newest = sa.select(sa.func.max(table.c.id).label("id")).where(table.c.at >= since)
-            query = sa.select(table).where(table.c.id.in_(newest.group_by(table.c.kind, table.c.value)))
+            newest = sa.select(sa.func.max(table.c.id).label("id")).where(
+                table.c.kind != "pair", table.c.at >= since
+            )
+            pairs = (
+                sa.select(table.c.id)
+                .where(table.c.kind == "pair", table.c.at >= pairs_since)
+                .order_by(table.c.id.desc())
+                .limit(MAX_PAIRS)
+            )
+            query = sa.select(table).where(
+                table.c.id.in_(newest.group_by(table.c.kind, table.c.value)) | table.c.id.in_(pairs)
+            )
             last = connection.scalar(sa.select(sa.func.max(table.c.id))) or 0
             rules: dict[tuple[str, str], Invalidation] = {}
         else:
@@ -322,9 +338,16 @@ class SqlCacheBook:
         self._reaches = keep
         if not found and rules is self._rules:
             return
-        rules = {key: rule for key, rule in rules.items() if rule.at >= since}
+        rules = {
+            key: rule
+            for key, rule in rules.items()
+            if rule.at >= (pairs_since if rule.kind == "pair" else since)
+        }
         for rule in sorted(found, key=lambda rule: rule.id):
             rules[rule.kind, rule.value] = rule
+        known = sorted(rule.id for rule in rules.values() if rule.kind == "pair")[:-MAX_PAIRS]
+        if known:
+            rules = {key: rule for key, rule in rules.items() if rule.kind != "pair" or rule.id > known[-1]}
         self._rules = rules
         # Rules grow old, generations do not: the newest id counts even where its rule is no longer kept.
         self._newest_rule = max([last, *(rule.id for rule in found)])

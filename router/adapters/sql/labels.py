@@ -212,7 +212,7 @@ def judge_hit(
     """
     columns, found = requests.c, cache_candidates.c
     query = (
-        sa.select(columns.cache, columns.cache_entry, found.scope, found.entry, found.probability)
+        sa.select(columns.cache, columns.cache_entry, found.scope, found.entry, found.probability, found.pair)
         .select_from(requests.outerjoin(cache_candidates, found.request_id == columns.id))
         .where(columns.id == request_id, columns.team == caller.team)
     )
@@ -261,7 +261,8 @@ def judge_hit(
             connection.execute(sa.insert(cache_labels).values(values))
         if not correct:
             reason = f"reported wrong: {request_id}"
-            quarantine(connection, entry, at=at, by=caller.key_id, reason=reason)
+            pair = request.pair if request.entry == entry else None
+            quarantine(connection, entry, pair, at=at, by=caller.key_id, reason=reason)
         return JudgedHit(entry, quarantined(connection, entry))
 
 

@@ -279,6 +279,7 @@ class Ledger:
                         found.would_serve,
                         found.saved,
                         list_json(found.reasons),
+                        found.pair or None,
                     )
                 )
             cache_label_rows.extend(cache_label_row(label, time(label.at)) for label in record.cache_labels)
@@ -372,14 +373,15 @@ def _quarantine_wrong(connection: Connection, labels: Sequence[CacheLabel]) -> N
     if not wrong:
         return
     found = cache_candidates.c
-    query = sa.select(found.request_id).where(
+    query = sa.select(found.request_id, found.pair).where(
         found.request_id.in_({label.request_id for label in wrong}), found.served
     )
-    served = set(connection.scalars(query))
+    served = {row.request_id: row.pair for row in connection.execute(query)}
     for label in wrong:
         if label.request_id in served:
             reason = f"found wrong by {label.source}: {label.request_id}"
-            quarantine(connection, label.entry, at=label.at, by="check", reason=reason)
+            pair = served[label.request_id]
+            quarantine(connection, label.entry, pair, at=label.at, by="check", reason=reason)
 
 
 def _unchanged(value: datetime) -> datetime:

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from router.adapters.sql.schema import cache_invalidations
-from router.core.cached import Invalidation, InvalidationKind
+from router.core.cached import Invalidation, RuleKind
 
 
 def lock_rows(connection: Connection, table: sa.Table) -> None:
@@ -20,7 +20,7 @@ def lock_rows(connection: Connection, table: sa.Table) -> None:
 
 
 def add_rule(
-    connection: Connection, kind: InvalidationKind, value: str, *, at: datetime, by: str, reason: str | None
+    connection: Connection, kind: RuleKind, value: str, *, at: datetime, by: str, reason: str | None
 ) -> Invalidation:
     """`by`: `admin`, `cli`, `check` or the id of a key."""
     lock_rows(connection, cache_invalidations)
@@ -34,16 +34,26 @@ def add_rule(
     return rule
 
 
-def quarantine(connection: Connection, entry: str, *, at: datetime, by: str, reason: str) -> None:
-    """An entry is named once."""
+def quarantine(
+    connection: Connection, entry: str, pair: str | None, *, at: datetime, by: str, reason: str
+) -> None:
+    """An entry is named once, and so is the pair of prompts, for which the next entry would be as wrong. Who locks it
+    takes `cache_labels` first.
+    """
     lock_rows(connection, cache_invalidations)
     if not quarantined(connection, entry):
         add_rule(connection, "entry", entry, at=at, by=by, reason=reason)
+    if pair and not _named(connection, "pair", pair):
+        add_rule(connection, "pair", pair, at=at, by=by, reason=reason)
 
 
 def quarantined(connection: Connection, entry: str) -> bool:
+    return _named(connection, "entry", entry)
+
+
+def _named(connection: Connection, kind: RuleKind, value: str) -> bool:
     rule = cache_invalidations.c
-    return bool(connection.scalar(sa.select(sa.exists().where(rule.kind == "entry", rule.value == entry))))
+    return bool(connection.scalar(sa.select(sa.exists().where(rule.kind == kind, rule.value == value))))
 
 
 def _printable(text: str | None) -> str | None:

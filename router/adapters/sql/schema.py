@@ -31,7 +31,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from router.core.types import BUCKETS
 
-SCHEMA_VERSION = "0003"
+SCHEMA_VERSION = "0004"
 """The migration this code needs; compared at start without loading alembic."""
 
 APPEND_ONLY = (
@@ -336,7 +336,9 @@ cache_candidates = Table(
     Column("would_serve", Boolean, nullable=False),
     Column("saved", BigInteger),
     Column("reasons", Text, nullable=False),
+    Column("pair", Text),
 )
+"""`pair` is empty before schema 0004."""
 
 cache_labels = Table(
     "cache_labels",
