@@ -308,7 +308,11 @@ async def test_listeners_hear_what_is_put(store: SemanticStore, tenant: str, par
     assert all(one.entry.id != entries[3].id for one in index.near(partition, unit(3, 256), floor=-1.0))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     steps=st.lists(
         st.tuples(

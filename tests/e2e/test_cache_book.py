@@ -134,6 +134,7 @@ def test_whose_feedback_it_may_be(book: Gateway, unique: Callable[[str], str]) -
 def test_an_answer_by_likeness_reported_wrong_is_gone_at_once(
     book: Gateway, unique: Callable[[str], str]
 ) -> None:
+    hit(book, unique("Who is there?"))
     word, answer = alike(book)
     request_id = str(answer.headers["x-request-id"])
     book.row(request_id)
