@@ -114,7 +114,8 @@ def learned(classifier: Classifier, given: CompiledSnapshot) -> Learned:
         (np.arange(LABELLED) % 3).astype(np.int8),
         np.clip(truth + draws.normal(0, 0.1, truth.shape), 0, 1).astype(np.float32),
         scores.astype(np.float32),
-        np.ones(truth.shape, np.float32),
+        np.ones(LABELLED, np.float32),
+        np.ones(LABELLED, np.bool_),
     )
     return Learned(LearnedHeads("made-up", heads), rows)
 

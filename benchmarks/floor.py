@@ -2,11 +2,23 @@
 
     python -m benchmarks.floor [--data DIR/llmrouter] [--runs 100] [--json]
 
-Each run draws labels, computes certificates (`classifiers/floor.py`), takes the model that saves most as the gateway
-does, and looks up its excess failure rate in a population where that is known exactly. *Oracle*: a router that knows
-every prompt's success probabilities (of recorded scores: the scores themselves, which nobody can predict) and sends
-as much to one cheaper model as the same bound allows. *Same scores*: one that has the floor's predictor and knows the
-true excess of every threshold. Both are given the best single cheaper model.
+Each run draws requests and compares a cheaper model with the reference on them, computes certificates
+(`classifiers/floor.py`), takes the model that saves most as the gateway does, and looks up its excess failure rate in
+a population where that is known exactly. Three cases:
+
+- *judged*: so many comparisons of each cheaper model, held out from fitting, every one with a verdict.
+- *agreement*: no judge. The same answer twice shows that neither is worse; two right ones differ in every fifth case,
+  two wrong ones in four of five. What differs counts as harm.
+- *loop*: the gateway's own round. Requests are answered by what is certified, drawn by `draw_comparison`, a predictor
+  is fitted on three quarters of all comparisons so far and certificates are computed on the rest; then the next
+  requests are answered by these. Labels are comparisons in all, of every model and the fitted ones too.
+- *blind*: a control, the loop as it must not be: once something is certified, only requests that it lets the cheaper
+  model answer are compared. Its bound does not hold.
+
+*Oracle*: a router that knows every prompt's success probabilities (of recorded scores: the scores themselves, which
+nobody can predict) and sends as much to one cheaper model as the same bound allows. *Same scores*: one that has the
+floor's predictor (of the loop: none is known) and knows the true excess of every threshold. Both are given the best
+single cheaper model.
 """
 
 from __future__ import annotations
@@ -14,6 +26,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +36,17 @@ from numpy.typing import NDArray
 
 from classifiers import features
 from classifiers.classifier import Classifier
-from classifiers.floor import Calibration, Certificate
+from classifiers.floor import Calibration, Certificate, draw_comparison
 from classifiers.head import CLASSES
 
 Floats = NDArray[np.float64]
 DELTA = 0.05
 LABELS = (100, 300, 1000, 3000)
 BOUNDS = (0.10, 0.05)
+ROUNDS = (750, 3000, 6000, 12000)
+"""Comparisons of the loop so far when it is learned again."""
+SHARE = 0.5
+HELD_OUT = 0.25
 REPEATED = 100
 OUTPUT_TOKENS = 200
 
@@ -61,9 +78,9 @@ class Outcome:
     """
 
     world: str
+    case: str
     max_excess: float
     labels: int
-    reference_labelled: float
     runs: int
     held: float
     worst_excess: float
@@ -91,6 +108,18 @@ def synthetic(seed: int, prompts: int = 200_000) -> World:
     seen = 0.6 * np.log(success / (1 - success)) + 0.3 + 0.7 * draws.normal(size=(prompts, 3))
     cost = np.exp(0.4 * difficulty)[:, None] * np.array([0.05, 0.2, 1.0])
     return World("synthetic", success, _sigmoid(seen), cost, 2, draw=True)
+
+
+def two_kinds(seed: int, prompts: int = 200_000) -> World:
+    """Three fifths of the prompts are easy for the cheaper model, the others it mostly fails; the reference never
+    does. The predictor tells the two kinds apart.
+    """
+    draws = np.random.default_rng(seed)
+    easy = draws.random(prompts) < 0.6
+    success = np.where(easy, 0.95, 0.30) + 0.02 * draws.random(prompts)
+    both = np.stack([success, np.ones(prompts)], axis=1)
+    seen = np.stack([success, np.full(prompts, 0.95)], axis=1)
+    return World("two kinds", both, seen, np.tile([0.05, 1.0], (prompts, 1)), 1, draw=True)
 
 
 def replays(folder: Path, seed: int) -> list[World]:
@@ -146,59 +175,168 @@ def replays(folder: Path, seed: int) -> list[World]:
     return worlds
 
 
-def measure(world: World, max_excess: float, labels: int, runs: int, *, paired: float = 1.0) -> Outcome:
-    """`paired`: share of the labelled rows on which the reference was labelled too."""
-    oracle, same = _oracle(world, max_excess), _same_scores(world, max_excess)
-    excesses, savings, certified = [], [], 0
+@dataclass(frozen=True)
+class Compared:
+    """Requests drawn from a world. By row: `at`, which prompt; `model`, which cheaper one; `excess` and `sure`."""
+
+    at: NDArray[np.int64]
+    model: NDArray[np.int64]
+    excess: Floats
+    sure: NDArray[np.bool_]
+
+    def rows(self, kept: NDArray[np.bool_]) -> Compared:
+        return Compared(self.at[kept], self.model[kept], self.excess[kept], self.sure[kept])
+
+    def and_then(self, more: Compared) -> Compared:
+        return Compared(
+            *(np.concatenate((mine, other)) for mine, other in zip(self._all(), more._all(), strict=True))
+        )
+
+    def _all(self) -> tuple[NDArray[Any], ...]:
+        return self.at, self.model, self.excess, self.sure
+
+
+def measure(world: World, max_excess: float, labels: int, runs: int, *, judge: bool = True) -> Outcome:
+    """`labels` comparisons of each cheaper model; without a `judge` by agreement."""
+    tally = _Tally(world, "judged" if judge else "agreement", max_excess, labels, runs)
+    models = np.repeat(world.cheaper, labels)
     for run in range(runs):
-        chosen = _certificate(world, max_excess, labels, paired, np.random.default_rng((run, labels)))
+        draws = np.random.default_rng((run, labels))
+        found = _compared(world, draws.integers(0, len(world.success), len(models)), models, draws, judge)
+        tally.add(world.predicted, _certificate(world, found, world.predicted, max_excess))
+    return tally.outcome()
+
+
+def loop(world: World, max_excess: float, runs: int, *, blind: bool = False) -> Iterator[Outcome]:
+    """One outcome for each time it is learned."""
+    case = "blind" if blind else "loop"
+    tallies = [_Tally(world, case, max_excess, labels, runs) for labels in ROUNDS]
+    features = np.concatenate(
+        (np.ones((len(world.predicted), 1)), _logit(world.predicted)), axis=1, dtype=np.float64
+    )
+    names = tuple(str(model) for model in world.cheaper)
+    for run in range(runs):
+        draws = np.random.default_rng((run, 7))
+        none = np.empty(0, np.int64)
+        known, held = Compared(none, none, np.empty(0), np.empty(0, bool)), np.empty(0, bool)
+        answered = np.ones(len(features), bool)
+        for labels, tally in zip(ROUNDS, tallies, strict=True):
+            at: list[int] = []
+            model: list[int] = []
+            while len(known.at) + len(at) < labels:
+                request = int(draws.integers(len(features)))
+                drawn = draw_comparison(names, SHARE, draws.random())
+                if drawn is not None and (answered[request] or not blind):
+                    at.append(request)
+                    model.append(int(drawn[0]))
+            known = known.and_then(_compared(world, np.array(at), np.array(model), draws, judge=True))
+            held = np.concatenate((held, draws.random(len(at)) < HELD_OUT))
+            predicted = _fitted(features, known.rows(~held), world)
+            chosen = _certificate(world, known.rows(held), predicted, max_excess)
+            if chosen is not None and chosen[1].threshold is not None:
+                answered = predicted[:, chosen[0]] >= chosen[1].threshold
+            tally.add(predicted, chosen)
+    yield from (tally.outcome() for tally in tallies)
+
+
+class _Tally:
+    """What became of the runs of one case."""
+
+    def __init__(self, world: World, case: str, max_excess: float, labels: int, runs: int) -> None:
+        self._world, self._case, self._max_excess = world, case, max_excess
+        self._labels, self._runs = labels, runs
+        self._excesses: list[float] = []
+        self._savings: list[float] = []
+        self._certified = 0
+
+    def add(self, predicted: Floats, chosen: tuple[int, Certificate] | None) -> None:
         if chosen is None:
-            excesses.append(0.0)
-            savings.append(0.0)
-            continue
-        certified += 1
+            self._excesses.append(0.0)
+            self._savings.append(0.0)
+            return
+        self._certified += 1
         model, certificate = chosen
         assert certificate.threshold is not None
-        routed = world.predicted[:, model] >= certificate.threshold
-        excess = world.success[:, world.reference] - world.success[:, model]
-        excesses.append(float((excess * routed).mean()))
-        savings.append(_saved(world, model, routed))
-    return Outcome(
-        world=world.name,
-        max_excess=max_excess,
-        labels=labels,
-        reference_labelled=paired,
-        runs=runs,
-        held=float(np.mean(np.array(excesses) <= max_excess)),
-        worst_excess=max(excesses),
-        certified=certified / runs,
-        saving=float(np.mean(savings)),
-        oracle=oracle,
-        same_scores=same,
-    )
+        success = self._world.success
+        routed = predicted[:, model] >= certificate.threshold
+        excess = success[:, self._world.reference] - success[:, model]
+        self._excesses.append(float((excess * routed).mean()))
+        self._savings.append(_saved(self._world, model, routed))
+
+    def outcome(self) -> Outcome:
+        return Outcome(
+            world=self._world.name,
+            case=self._case,
+            max_excess=self._max_excess,
+            labels=self._labels,
+            runs=self._runs,
+            held=float(np.mean(np.array(self._excesses) <= self._max_excess)),
+            worst_excess=max(self._excesses),
+            certified=self._certified / self._runs,
+            saving=float(np.mean(self._savings)),
+            oracle=_oracle(self._world, self._max_excess),
+            same_scores=_same_scores(self._world, self._max_excess),
+        )
+
+
+def _compared(
+    world: World,
+    at: NDArray[np.int64],
+    model: NDArray[np.int64],
+    draws: np.random.Generator,
+    judge: bool,
+) -> Compared:
+    cheap, reference = world.success[at, model], world.success[at, world.reference]
+    if world.draw:
+        cheap, reference = (
+            (draws.random(len(at)) < chance).astype(np.float64) for chance in (cheap, reference)
+        )
+    if judge:
+        return Compared(at, model, reference - cheap, np.ones(len(at), bool))
+    good = (cheap >= 0.5), (reference >= 0.5)
+    same = (good[0] == good[1]) & (draws.random(len(at)) < np.where(good[0], 0.8, 0.2))
+    return Compared(at, model, np.zeros(len(at)), same)
+
+
+def _fitted(features: Floats, known: Compared, world: World) -> Floats:
+    """Success by logistic regression on the world's predictions, of each cheaper model from its own comparisons."""
+    predicted = np.full((len(features), world.success.shape[1]), np.nan)
+    for model in world.cheaper:
+        mine = known.model == model
+        x, y = features[known.at[mine]], np.clip(1 - known.excess[mine], 0, 1)
+        weights, ridge = np.zeros(x.shape[1]), 0.1 * np.eye(x.shape[1])
+        for _ in range(20):  # Newton's method
+            p = _sigmoid(x @ weights)
+            step = np.linalg.solve((x.T * (p * (1 - p))) @ x + ridge, x.T @ (y - p) - ridge @ weights)
+            weights = weights + step
+            if np.abs(step).max() < 1e-6:
+                break
+        predicted[:, model] = _sigmoid(features @ weights)
+    return predicted
 
 
 def _certificate(
-    world: World, max_excess: float, labels: int, paired: float, draws: np.random.Generator
+    world: World, found: Compared, predicted: Floats, max_excess: float
 ) -> tuple[int, Certificate] | None:
     """As the gateway does it: certificates for every cheaper model, and the one that saves most."""
-    drawn = draws.integers(0, len(world.success), labels)
-    score = world.success[drawn]
-    label = (draws.random(score.shape) < score).astype(float) if world.draw else score.copy()
-    label[draws.random(labels) >= paired, world.reference] = np.nan
     names = [str(m) for m in range(world.success.shape[1])]
+    rows = np.arange(len(found.at))
+    labels = np.full((len(rows), len(names)), np.nan, np.float32)
+    labels[rows, found.model] = np.minimum(1.0, 1.0 - found.excess)
+    labels[rows, world.reference] = np.minimum(1.0, 1.0 + found.excess)
     calibration = Calibration(
         tuple(names),
-        np.zeros(labels, np.int8),
-        world.predicted[drawn].astype(np.float32),
-        label.astype(np.float32),
-        np.ones(label.shape, np.float32),
+        np.zeros(len(rows), np.int8),
+        predicted[found.at].astype(np.float32),
+        labels,
+        np.full(len(rows), SHARE, np.float32),
+        found.sure,
     )
-    found = calibration.certificates(
+    certificates = calibration.certificates(
         "simple", [names[m] for m in world.cheaper], names[world.reference], max_excess, DELTA
     )
     mean = world.cost.mean(axis=0)
-    usable = [(int(m), c) for m, c in found.items() if c.threshold is not None]
+    usable = [(int(m), c) for m, c in certificates.items() if c.threshold is not None]
     return max(usable, key=lambda pair: pair[1].share * (mean[world.reference] - mean[pair[0]]), default=None)
 
 
@@ -237,12 +375,22 @@ def _sigmoid(x: Floats) -> Floats:
     return np.asarray(1.0 / (1.0 + np.exp(-x)))
 
 
-def outcomes(data: Path | None, runs: int, seed: int) -> list[Outcome]:
+def _logit(x: Floats) -> Floats:
+    cut = np.clip(x, 0.001, 0.999)
+    return np.asarray(np.log(cut / (1 - cut)))
+
+
+def outcomes(data: Path | None, runs: int, seed: int) -> Iterator[Outcome]:
     worlds = [synthetic(seed), *(replays(data, seed) if data is not None else ())]
-    found = [measure(w, bound, labels, runs) for w in worlds for bound in BOUNDS for labels in LABELS]
-    # Where the reference's own answer is often not labelled, it is taken as good: sound, and less is saved.
-    found += [measure(w, BOUNDS[0], LABELS[-1], runs, paired=0.3) for w in worlds]
-    return found
+    for world in worlds:
+        for bound in BOUNDS:
+            yield from (measure(world, bound, labels, runs) for labels in LABELS)
+    for world in worlds:
+        yield measure(world, BOUNDS[0], LABELS[-1], runs, judge=False)
+    yield measure(two_kinds(seed), BOUNDS[0], LABELS[-1], runs, judge=False)
+    for world in (two_kinds(seed), *worlds):
+        yield from loop(world, BOUNDS[0], runs)
+    yield from loop(two_kinds(seed), BOUNDS[0], runs, blind=True)
 
 
 def main() -> None:
@@ -260,15 +408,16 @@ def main() -> None:
         return
     print(f"{given.runs} runs, delta {DELTA:.0%}; saving as share of the reference's cost")
     print(
-        f"{'world':18} {'bound':>5} {'labels':>6} {'paired':>6} {'held':>5} {'worst':>6} "
+        f"{'world':18} {'case':9} {'bound':>5} {'labels':>6} {'held':>5} {'worst':>6} "
         f"{'certified':>9} {'saving':>7} "
         f"{'oracle':>7} {'of it':>6} {'same scores':>11} {'of it':>6}"
     )
     for o in found:
         print(
-            f"{o.world:18} {o.max_excess:5.0%} {o.labels:6} {o.reference_labelled:6.0%} {o.held:5.0%} "
+            f"{o.world:18} {o.case:9} {o.max_excess:5.0%} {o.labels:6} {o.held:5.0%} "
             f"{o.worst_excess:6.3f} {o.certified:9.0%} {o.saving:7.1%} {o.oracle:7.1%} {o.of_oracle:6.0%} "
-            f"{o.same_scores:11.1%} {o.saving / max(o.same_scores, 1e-9):6.0%}"
+            f"{o.same_scores:11.1%} {o.saving / max(o.same_scores, 1e-9):6.0%}",
+            flush=True,
         )
 
 

@@ -13,15 +13,17 @@ delta / 2. Thresholds on a fixed grid are tested from the highest down, each at 
 first that fails: fixed-sequence testing, which needs no correction for the number of thresholds. Sources: Clopper and
 Pearson, Biometrika 26 (1934); Angelopoulos, Bates, Candes, Jordan and Lei, "Learn then Test" (2021).
 
-What it rests on: the labels are held out from fitting, independent of each other, and drawn as the traffic is that
-will be routed. Weights correct for labels that were drawn unevenly.
+What it rests on: the rows are requests held out from fitting, drawn at random, each with a probability that is known
+and that does not depend on which model answered it (`draw_comparison`), and both models' answers to it were compared.
+Nothing else is a row. How far a comparison is to be believed is no matter of how often it was drawn: a verdict counts
+as it is, and where there is none, as the worst that may be.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,22 @@ GRID: NDArray[np.float64] = np.round(np.linspace(1.0, 0.0, 201), 3)
 MOST_LABELS = 1_000_000
 
 Floats = NDArray[np.floating[Any]]
+
+
+# ---- which requests are compared ----
+
+
+def draw_comparison(models: Sequence[str], share: float, draw: float) -> tuple[str, float] | None:
+    """The model that a request is compared on, and how likely that one was: `share` of the requests are drawn, each
+    of `models` as often. `draw` is uniform in [0, 1). Who answered has no part in it: requests that a certificate
+    lets a model answer say nothing about those that the next one may add. None: not drawn.
+    """
+    if draw >= share or not models:
+        return None
+    return models[min(int(draw / share * len(models)), len(models) - 1)], share / len(models)
+
+
+# ---- the exact binomial ----
 
 
 def _log_cumulative(failures: int, rows: int, rate: float) -> float:
@@ -104,14 +122,17 @@ def labels_needed(failures: int, max_excess: float, delta: float) -> int:
     return min(high, MOST_LABELS)
 
 
+# ---- certificates ----
+
+
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """How far down `model` may answer prompts of a class in place of `reference`.
 
     `threshold`: the lowest predicted success; None: nothing is shown, and the reference answers. `missing`: the clean
-    labels (the model answered well) wanted for a first threshold; 0 with one. `labels`: the held-out labels used;
-    `harm` and `gain` among them at or above the threshold; `bound`: on the excess failure rate (1.0 without a
-    threshold); `share`: part of the labelled requests that are routed.
+    comparisons (the model answered no worse) wanted for a first threshold; 0 with one. `labels`: the held-out
+    comparisons used; `harm` and `gain` among them at or above the threshold; `bound`: on the excess failure rate (1.0
+    without a threshold); `share`: part of the compared requests that are routed.
     """
 
     model: str
@@ -130,15 +151,15 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Held-out rows of one class and model, each of shape (n,). `predicted`: success predicted for the model, NaN
-    where the prior alone spoke (never routed). `label`: how good its answer was, 0..1. `reference`: the same of the
-    reference's answer, NaN where unknown (then taken as good). `weight`: how many requests a row stands for, > 0.
+    """Held-out requests of one class on which a model was compared with the reference, the oldest first; each array
+    of shape (n,). `predicted`: success predicted for the model, NaN where the prior alone spoke (never routed).
+    `excess`: how much worse the model's answer was, -1..1. `propensity`: how likely the request was to be compared,
+    > 0.
     """
 
     predicted: Floats
-    label: Floats
-    reference: Floats
-    weight: Floats
+    excess: Floats
+    propensity: Floats
 
 
 def certify(
@@ -154,16 +175,17 @@ def certify(
     """The certificate for `max_excess` (1 - min_quality) at level `delta` (1 - confidence), both in (0, 1).
 
     Two draws, repeatable by `seed`, bring the rows into the exact binomial's form without moving what it bounds: a
-    row is kept with probability weight / largest weight (rejection sampling), and a difference of 0.3 between two
-    answers counts as a whole one with probability 0.3.
+    row is kept with probability least propensity / its propensity (rejection sampling), so that every request of
+    the time counts alike, and a difference of 0.3 between two answers counts as a whole one with probability 0.3.
     """
     draws = np.random.default_rng(seed)
-    weight = np.asarray(rows.weight, dtype=np.float64)
-    kept = draws.random(len(weight)) * weight.max(initial=0.0) < weight
-    excess = np.nan_to_num(rows.reference, nan=1.0) - rows.label
-    counted = draws.random(len(weight)) < np.abs(excess)
+    propensity = np.asarray(rows.propensity, dtype=np.float64)
+    first, last, least = _most_rows(propensity)
+    kept = draws.random(len(propensity)) * propensity < least
+    kept[:first] = kept[last:] = False
+    counted = draws.random(len(propensity)) < np.abs(rows.excess)
     predicted = np.nan_to_num(rows.predicted, nan=-1.0)[kept]
-    harmed, gained = (counted & (excess > 0))[kept], (counted & (excess < 0))[kept]
+    harmed, gained = (counted & (rows.excess > 0))[kept], (counted & (rows.excess < 0))[kept]
 
     labels = len(predicted)
     order = np.argsort(-predicted, kind="stable")
@@ -196,6 +218,22 @@ def certify(
     )
 
 
+def _most_rows(propensity: Floats) -> tuple[int, int, float]:
+    """(first, last + 1, least propensity) of the stretch of time that keeps most rows when each is kept in proportion
+    to 1 / propensity. Where the share of requests that are compared was changed, all of the time would be worth no
+    more than its thinnest part. Outcomes have no part in the choice.
+    """
+    best, found = 0.0, (0, 0, 1.0)
+    for least in np.unique(propensity).tolist():
+        enough = np.concatenate(([False], propensity >= least, [False]))
+        edges = np.flatnonzero(enough[1:] != enough[:-1])
+        total = np.concatenate(([0.0], np.cumsum(least / propensity)))
+        for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            if total[last] - total[first] >= best:
+                best, found = float(total[last] - total[first]), (first, last, least)
+    return found
+
+
 def _passed(harm: Sequence[int], gain: Sequence[int], rows: int, max_excess: float, delta: float) -> int:
     """How many thresholds of the grid, from the highest, pass one after the other."""
     sure_gain, at_gain = 0.0, 0
@@ -222,19 +260,45 @@ def _most_allowed(rows: int, rate: float, delta: float) -> int:
     return int(np.searchsorted(np.logaddexp.accumulate(terms), math.log(delta), side="right")) - 1
 
 
+# ---- the rows an artefact carries ----
+
+
+@dataclass(frozen=True, slots=True)
+class Comparisons:
+    """Requests drawn by `draw_comparison`, the oldest first, each once. `prompt` (n,) indexes the prompts at hand,
+    `models` (n, 2) the models compared; `scores` (n, 2): how good their answers were, 0..1; `sure` (n,): whether
+    that is known (a verdict, or the same answer twice); `propensity` (n,); `lot` (n,): uniform in [0, 1), by which
+    some are held out, the same whenever it is learned.
+    """
+
+    prompt: NDArray[np.int64]
+    models: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    sure: NDArray[np.bool_]
+    propensity: NDArray[np.float64]
+    lot: NDArray[np.float64]
+
+    def rows(self, kept: NDArray[np.bool_]) -> Comparisons:
+        return Comparisons(**{field.name: getattr(self, field.name)[kept] for field in fields(self)})
+
+
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The held-out rows an artefact carries, so that certificates can be computed anew when the policy changes.
+    """The held-out rows an artefact carries, the oldest first, so that certificates can be computed anew when the
+    policy changes.
 
     `classes` (n,) int8: index into `CLASSES`. By row and model, (n, m) float32: `predicted` success, NaN where the
-    prior alone spoke; `labels` 0..1, NaN where the model was not labelled; `weights` of each label.
+    prior alone spoke; `labels` 0..1, NaN where the model was not compared. By row, (n,): `propensities` float32, with
+    which the request was compared on these models; `sure` bool: whether the labels are known. Where they are not,
+    the model asked about is taken to have failed, and the other one not.
     """
 
     models: tuple[str, ...]
     classes: NDArray[np.int8]
     predicted: NDArray[np.float32]
     labels: NDArray[np.float32]
-    weights: NDArray[np.float32]
+    propensities: NDArray[np.float32]
+    sure: NDArray[np.bool_]
 
     @classmethod
     def of(cls, models: Sequence[str], arrays: Mapping[str, NDArray[Any]]) -> Calibration:
@@ -245,19 +309,21 @@ class Calibration:
                 arrays["calibration_classes"].astype(np.int8),
                 arrays["calibration_predicted"].astype(np.float32),
                 arrays["calibration_labels"].astype(np.float32),
-                arrays["calibration_weights"].astype(np.float32),
+                arrays["calibration_propensities"].astype(np.float32),
+                arrays["calibration_sure"].astype(np.bool_),
             )
         except KeyError as error:
             raise ArtefactError(f"the artefact carries no {error.args[0]}: learn again") from None
-        shape = (len(found.classes), len(found.models))
-        if not all(array.shape == shape for array in (found.predicted, found.labels, found.weights)):
+        rows, shape = found.classes.shape, (len(found.classes), len(found.models))
+        if not all(array.shape == shape for array in (found.predicted, found.labels)) or not all(
+            array.shape == rows for array in (found.propensities, found.sure)
+        ):
             raise ArtefactError("the artefact's calibration rows do not fit its models: learn again")
         labelled = found.labels[~np.isnan(found.labels)]
-        weights = found.weights[~np.isnan(found.labels)]
         if (
             not np.isin(found.classes, range(len(CLASSES))).all()
             or not ((labelled >= 0) & (labelled <= 1)).all()
-            or not (np.isfinite(weights) & (weights > 0)).all()
+            or not ((found.propensities > 0) & (found.propensities <= 1)).all()
         ):
             raise ArtefactError("the artefact's calibration rows hold impossible values: learn again")
         return found
@@ -268,23 +334,22 @@ class Calibration:
             "calibration_classes": self.classes,
             "calibration_predicted": self.predicted,
             "calibration_labels": self.labels,
-            "calibration_weights": self.weights,
+            "calibration_propensities": self.propensities,
+            "calibration_sure": self.sure,
         }
 
     def rows(self, prompt_class: str, model: str, reference: str) -> Rows:
-        """The labelled rows of one class and model; none where the artefact does not know the model."""
-        if model not in self.models:
+        """The requests of one class on which these two were compared."""
+        if model not in self.models or reference not in self.models:
             nothing = np.empty(0)
-            return Rows(nothing, nothing, nothing, nothing)
-        column = self.models.index(model)
-        mine = (self.classes == CLASSES.index(prompt_class)) & ~np.isnan(self.labels[:, column])
-        other = (
-            self.labels[mine, self.models.index(reference)]
-            if reference in self.models
-            else np.full(int(mine.sum()), np.nan)
-        )
+            return Rows(nothing, nothing, nothing)
+        mine, other = self.models.index(model), self.models.index(reference)
+        excess = self.labels[:, other] - self.labels[:, mine]
+        kept = (self.classes == CLASSES.index(prompt_class)) & ~np.isnan(excess)
         return Rows(
-            self.predicted[mine, column], self.labels[mine, column], other, self.weights[mine, column]
+            self.predicted[kept, mine],
+            np.where(self.sure[kept], excess[kept], 1.0),
+            self.propensities[kept],
         )
 
     def certificates(

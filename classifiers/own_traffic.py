@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from classifiers.floor import Calibration
+from classifiers.floor import Calibration, Comparisons
 from classifiers.head import CLASSES
 from classifiers.success import TREES, Labels, SuccessHeads
 from classifiers.success_features import PromptFeatures
@@ -193,40 +193,50 @@ def known_or(table: Floats, prior: Floats) -> Floats:
 # ---- what to hold out ----
 
 
-def split(examples: Examples, seed: int) -> tuple[Examples, Examples]:
-    """(to learn from, held out): a quarter of the prompts, equal ones together, drawn by `seed`."""
+def held_out(examples: Examples, seed: int, compared: Comparisons | None = None) -> Flags:
+    """By prompt, whether it is held out: a quarter, drawn by `seed`, equal ones together. Requests that were compared
+    each by a lot of its own, so that what is held out of them is distributed as the traffic is: a prompt that is
+    every fifth request is every fifth held-out one as well.
+    """
     same: dict[bytes, int] = {}
     groups = np.array(
-        [same.setdefault(p.vector.tobytes() + p.grams.tobytes(), len(same)) for p in examples.prompts]
+        [same.setdefault(p.vector.tobytes() + p.grams.tobytes(), len(same)) for p in examples.prompts],
+        dtype=np.int64,
     )
-    drawn = np.random.default_rng(seed).random(len(same)) < HELD_OUT
-    held = drawn[groups][examples.prompt]
+    held = (np.random.default_rng(seed).random(len(same)) < HELD_OUT)[groups]
+    if compared is not None:
+        held[compared.prompt] = compared.lot < HELD_OUT
+    return held
+
+
+def split(examples: Examples, seed: int, compared: Comparisons | None = None) -> tuple[Examples, Examples]:
+    """(to learn from, held out) by `held_out`."""
+    held = held_out(examples, seed, compared)[examples.prompt]
     return examples.rows(~held), examples.rows(held)
 
 
-def calibration(heads: SuccessHeads, held: Examples) -> Calibration:
-    """The held-out rows an artefact carries, from which a policy's bound is computed. Judged answers only."""
-    judged = held.rows(held.strong)
-    wanted, row = np.unique(judged.prompt, return_inverse=True)
-    shape = (len(wanted), len(heads.models))
-    labels, weights = np.full(shape, np.nan), np.zeros(shape)
-    sums = np.zeros(shape)
-    column = np.array([heads.models.index(name) for name in held.models])[judged.model]
-    np.add.at(sums, (row, column), judged.score * judged.weight)
-    np.add.at(weights, (row, column), judged.weight)
-    np.divide(sums, weights, out=labels, where=weights > 0)
-    prompts, classes = [held.prompts[i] for i in wanted], [held.classes[i] for i in wanted]
-    if not prompts:
-        empty = np.empty(shape, np.float32)
-        return Calibration(heads.models, np.empty(0, np.int8), empty, empty, empty)
-    batch = heads.predict_many(prompts, classes)
-    alone = (batch.familiarity[:, None] <= 0) | (heads.arrays["labels"] == 0)[None, :]
+def calibration(
+    heads: SuccessHeads, prompts: Sequence[PromptFeatures], classes: Sequence[str], held: Comparisons
+) -> Calibration:
+    """The held-out rows an artefact carries, from which a policy's bound is computed. `held.prompt` indexes `prompts`
+    and `classes`, `held.models` the heads' models.
+    """
+    rows = len(held.prompt)
+    labels = np.full((rows, len(heads.models)), np.nan, dtype=np.float32)
+    np.put_along_axis(labels, held.models, held.scores.astype(np.float32), axis=1)
+    predicted = np.empty((rows, len(heads.models)), dtype=np.float32)
+    names = [classes[i] for i in held.prompt]
+    if rows:
+        batch = heads.predict_many([prompts[i] for i in held.prompt], names)
+        alone = (batch.familiarity[:, None] <= 0) | (heads.arrays["labels"] == 0)[None, :]
+        predicted = np.where(alone, np.nan, batch.probability).astype(np.float32)
     return Calibration(
         models=heads.models,
-        classes=np.array([CLASSES.index(name) for name in classes], dtype=np.int8),
-        predicted=np.where(alone, np.nan, batch.probability).astype(np.float32),
-        labels=labels.astype(np.float32),
-        weights=weights.astype(np.float32),
+        classes=np.array([CLASSES.index(name) for name in names], dtype=np.int8),
+        predicted=predicted,
+        labels=labels,
+        propensities=held.propensity.astype(np.float32),
+        sure=held.sure,
     )
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from classifiers import own_traffic, prompt_features
 from classifiers.encoder import DATA_DIRECTORY, ArtefactError, StaticEncoder
+from classifiers.floor import Comparisons
 from classifiers.own_traffic import Examples, Judgement
 from classifiers.success import SuccessHeads
 from router.adapters.sql import artefacts
 from router.adapters.sql.artefacts import StoredArtefact
-from router.adapters.sql.labels import LabelledTraffic, labelled_traffic
+from router.adapters.sql.labels import LabelledRow, LabelledTraffic, labelled_traffic
 from router.core.errors import ConfigurationError
+from router.core.learning import DRAWN, DRAWN_JUDGED, DRAWN_SAME, DRAWN_SOURCES, Label
 from router.core.ports import Snapshot
 from router.core.pricing import price_usage, total
 from router.core.types import NANO_PER_USD, PROMPT_CLASSES, Usage
@@ -25,10 +28,12 @@ from router.core.types import NANO_PER_USD, PROMPT_CLASSES, Usage
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
-JUDGED = frozenset({"feedback", "shadow", "judge"})
+JUDGED = frozenset({"feedback", "shadow", "judge", *DRAWN_SOURCES})
 """Sources of which somebody, or a model asked to, looked at the answer; the others are automatic signals."""
-GATEWAY = frozenset({"shadow", "judge"})
+GATEWAY = JUDGED - {"feedback"}
 """Sources a caller cannot write to."""
+CERTIFIES_FOR = timedelta(days=90)
+"""What certificates rest on is no older, so that it is drawn from traffic like that to come."""
 UNKNOWN_CLASS = "medium"
 UNKNOWN_PRIOR = 0.5
 SEED = 0
@@ -60,7 +65,7 @@ def learn(
     """
     encoder_id = StaticEncoder.load(DATA_DIRECTORY).id
     traffic = labelled_traffic(engine, encoder_id)
-    examples, skipped = examples_of(traffic, snapshot, at)
+    examples, comparisons, skipped = examples_of(traffic, snapshot, at, seed)
     if unknown := sorted(trusted - {row.label.key_id for row in traffic.rows}):
         raise ConfigurationError(
             f"--trust: no label is of key {unknown[0]}. 'farthing keys list' shows their ids."
@@ -74,6 +79,7 @@ def learn(
         "by_source": _counted(row.label.source for row in traffic.rows),
         "by_model": _by_model(examples),
         "keys": len(set(examples.key.tolist())),
+        "compared": {"requests": len(comparisons.sure), "unsure": int((~comparisons.sure).sum())},
         "encoder": encoder_id,
         "seed": seed,
         "fitted_on": "labels not held out",
@@ -92,13 +98,16 @@ def learn(
         ]
         if (missing := own_traffic.MIN_PROMPTS - examples.labelled_prompts) > 0:
             return Learned(card, None, f"too few labels: {missing} more judged answers are missing")
-        rows, held = own_traffic.split(examples, seed)
+        rows, held = own_traffic.split(examples, seed, comparisons)
         heads = own_traffic.fit(rows, priors, encoder_id, seed, trees)
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"learning needs {error.name}, which the runtime leaves out for its size: pip install 'farthing[train]'"
         ) from None
-    heads.arrays.update(own_traffic.calibration(heads, held).arrays())
+    unseen = own_traffic.held_out(examples, seed, comparisons)[comparisons.prompt]
+    held_pairs = comparisons.rows(unseen)
+    card["compared"]["held_out"] = len(held_pairs.sure)
+    heads.arrays.update(calibration(heads, examples, held_pairs))
     before, before_at = _in_force(engine, encoder_id)
     wanted: dict[str, float] = {name: _min_quality(snapshot, name, at) for name in PROMPT_CLASSES}
     judgement: Judgement = own_traffic.judge(heads, held, priors, wanted, before, before_at)
@@ -117,8 +126,8 @@ def learn(
         refusal = _worse(known, before, held.rows(held.strong & (held.at > before_at)), priors, card)
     if refusal is None:
         heads = own_traffic.fit(examples, priors, encoder_id, seed, trees)
-        nothing = own_traffic.calibration(heads, held.rows(np.zeros(len(held.score), dtype=bool)))
-        heads.arrays.update(nothing.arrays())
+        nothing = comparisons.rows(np.zeros(len(unseen), dtype=bool))
+        heads.arrays.update(calibration(heads, examples, nothing))
         card["fitted_on"] = "all labels"
         card |= _belief(heads)
     return Learned(card, heads, refusal)
@@ -127,6 +136,11 @@ def learn(
 def _belief(heads: SuccessHeads) -> dict[str, float]:
     """How far kinds of prompts come and go, and how far differences between models are believed for it."""
     return {name: round(float(heads.metadata[name]), 3) for name in ("moved", "carry")}
+
+
+def calibration(heads: SuccessHeads, examples: Examples, held: Comparisons) -> Mapping[str, Any]:
+    """The arrays from which a running gateway computes certificates."""
+    return own_traffic.calibration(heads, examples.prompts, examples.classes, held).arrays()
 
 
 def _together(left: Examples, right: Examples) -> Examples:
@@ -179,22 +193,32 @@ def _worse(
     )
 
 
-def examples_of(traffic: LabelledTraffic, snapshot: Snapshot, at: datetime) -> tuple[Examples, int]:
-    """The labels of models the configuration knows, and how many are of others.
+def examples_of(
+    traffic: LabelledTraffic, snapshot: Snapshot, at: datetime, seed: int = SEED
+) -> tuple[Examples, Comparisons, int]:
+    """The labels of models the configuration knows, the requests compared for a quality floor, and how many labels
+    are of other models.
 
-    Where somebody judged an answer, its automatic signals are left out: the judgement holds them. Labels of the
-    gateway itself have the key ''.
+    Where somebody judged an answer, its automatic signals are left out: the judgement holds them; where a judge
+    compared two answers, so is their agreement. Labels of the gateway itself have the key ''.
     """
     models = tuple(sorted({row.label.model for row in traffic.rows} & set(snapshot.models)))
     column = {name: index for index, name in enumerate(models)}
     rows = [row for row in traffic.rows if row.label.model in column]
-    judged = {(row.prompt_id, row.label.model) for row in rows if row.label.source in JUDGED}
+    judged = {
+        (row.prompt_id, row.label.model)
+        for row in rows
+        if row.label.source in JUDGED and row.label.weight > 0
+    }
+    pairs = _pairs(rows)
     place: dict[str, int] = {}
     prompts, classes, usages = [], [], []
     kept = []
     for row in rows:
         strong = row.label.source in JUDGED
         if not strong and (row.prompt_id, row.label.model) in judged:
+            continue
+        if row.label.source in (DRAWN, DRAWN_SAME) and pairs[row.label.request_id].source == DRAWN_JUDGED:
             continue
         if row.prompt_id not in place:
             try:
@@ -205,7 +229,8 @@ def examples_of(traffic: LabelledTraffic, snapshot: Snapshot, at: datetime) -> t
             known = row.prompt_class if row.prompt_class in PROMPT_CLASSES else UNKNOWN_CLASS
             classes.append(str(known))
             usages.append(row.usage)
-        kept.append((row, strong))
+        if row.label.weight > 0:
+            kept.append((row, strong))
     labels = [row.label for row, _ in kept]
     found = Examples(
         models=models,
@@ -220,7 +245,49 @@ def examples_of(traffic: LabelledTraffic, snapshot: Snapshot, at: datetime) -> t
         strong=np.array([strong for _, strong in kept], dtype=bool),
         key=np.array(["" if label.source in GATEWAY else label.key_id for label in labels], dtype=np.str_),
     )
-    return found, len(traffic.rows) - len(rows)
+    recent = [
+        (request, pair)
+        for request, pair in pairs.items()
+        if len(pair.labels) == 2 and pair.prompt_id in place and at - pair.labels[0].at <= CERTIFIES_FOR
+    ]
+    both = [pair.labels for _, pair in recent]
+    comparisons = Comparisons(
+        prompt=np.array([place[pair.prompt_id] for _, pair in recent], dtype=np.int64),
+        models=np.array([[column[x.model] for x in pair] for pair in both], dtype=np.int64).reshape(-1, 2),
+        scores=np.array([[x.score for x in pair] for pair in both], dtype=np.float64).reshape(-1, 2),
+        sure=np.array([x.source != DRAWN for x, _ in both], dtype=bool),
+        propensity=np.array([x.propensity for x, _ in both], dtype=np.float64),
+        lot=np.array([_lot(seed, request) for request, _ in recent], dtype=np.float64),
+    )
+    return found, comparisons, len(traffic.rows) - len(rows)
+
+
+def _lot(seed: int, request_id: str) -> float:
+    return int.from_bytes(blake2b(f"{seed} {request_id}".encode(), digest_size=6).digest()) / 2**48
+
+
+@dataclass(slots=True)
+class _Compared:
+    """A request compared for a quality floor, and the labels that count: a judge's, else those of agreement."""
+
+    prompt_id: str
+    source: str
+    labels: list[Label]
+
+
+def _pairs(rows: Sequence[LabelledRow]) -> dict[str, _Compared]:
+    """By request, in the order of `rows`."""
+    found: dict[str, _Compared] = {}
+    for row in rows:
+        label = row.label
+        if label.source not in DRAWN_SOURCES:
+            continue
+        pair = found.setdefault(label.request_id, _Compared(row.prompt_id, label.source, []))
+        if label.source == DRAWN_JUDGED != pair.source:
+            pair.source, pair.labels = label.source, []
+        if label.source == pair.source:
+            pair.labels.append(label)
+    return found
 
 
 def priors_of(snapshot: Snapshot, models: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -374,6 +441,11 @@ def card_text(card: Mapping[str, Any]) -> str:
         lines.append(f"         {card['without_features']} more of requests nothing else was kept of")
     for name, figures in card["by_model"].items():
         lines.append(f"         {name}: {figures['labels']} labels, mean score {figures['mean_score']:.2f}")
+    if (compared := card["compared"])["requests"]:
+        lines.append(
+            f"Compared {compared['requests']} requests for quality floors, {compared['unsure']} of them without a "
+            f"clear verdict: these count as failures of the cheaper model"
+        )
     for doubt in card["doubts"]:
         done = (
             f"left out: they contradict all others (believe them with --trust {doubt['key']})"

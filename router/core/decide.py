@@ -83,8 +83,8 @@ class Candidate(Struct, frozen=True):
 class Plan(Struct, frozen=True):
     """Models to try in order (the first is the choice), why that one, and why not each other one.
 
-    `propensity` is the probability with which the first model was taken, for off-policy evaluation. `unproven`: the
-    cheaper models, cheapest first, that only lack labels for the quality floor; shadow answers of theirs give some.
+    `propensity` is the probability with which the first model was taken, for off-policy evaluation. `compared`: the
+    quality floor's cheaper models, on one of which a request that is drawn is compared with the reference.
     """
 
     models: tuple[str, ...]
@@ -93,7 +93,7 @@ class Plan(Struct, frozen=True):
     candidates: tuple[Candidate, ...] = ()
     propensity: float = 1.0
     notes: tuple[str, ...] = ()
-    unproven: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,16 +280,8 @@ def _automatic(
     if not policy.fallback:
         backups = ordered[1:]
     order = [choice, *backups][:max_attempts]
-    unproven: tuple[str, ...] = ()
-    if floor is not None:
-        # A model without a prior is never chosen, so labels of it would be bought for nothing.
-        lacking = [
-            name
-            for name in feasible
-            if name in floor.missing and name != choice and candidates[name].success is not None
-        ]
-        unproven = tuple(sorted(lacking, key=lambda name: _price_order(candidates[name])))
-    return Plan(tuple(order), reason, dropped, tuple(candidates.values()), propensity, notes, unproven)
+    compared = () if floor is None else floor.compared
+    return Plan(tuple(order), reason, dropped, tuple(candidates.values()), propensity, notes, compared)
 
 
 def _not_good_enough(candidate: Candidate, minimum: Decimal, floor: Floor | None) -> str | None:

@@ -43,13 +43,15 @@ class QualityFloor:
         min_quality: Decimal,
         at: datetime,
     ) -> Floor | None:
-        """The floor of a class; None where the policy asks for no confidence. `min_quality` counts in whole percent,
-        rounded up, so that callers' own wishes cannot ask for endlessly many floors.
+        """The floor of a class; None where the policy asks for no confidence. A `min_quality` above the policy's
+        counts in whole percent, rounded up, so that callers' own wishes cannot ask for endlessly many floors.
         """
         requirement = policy.classes[prompt_class]
         if requirement.confidence is None:
             return None
-        quality = min_quality.quantize(_CENT, ROUND_CEILING)
+        quality = max(requirement.min_quality, min_quality)
+        if quality > requirement.min_quality:
+            quality = quality.quantize(_CENT, ROUND_CEILING)
         key = (
             snapshot.hash, policy.allow, policy.baseline, prompt_class, quality, requirement.confidence,
         )  # fmt: skip
@@ -59,17 +61,18 @@ class QualityFloor:
         reference = reference_of(snapshot, policy, prompt_class)
         if reference is None:
             return None
-        work = (key, reference, requirement.confidence, _costs(snapshot, policy, at))
+        saved = _saved(snapshot, policy, reference, at)
+        work = (key, reference, requirement.confidence, saved)
         if self._executor is None:
             return self._fill(*work)
         if key not in self._pending:
             self._pending.add(key)
             self._executor.submit(self._fill, *work)
-        return Floor(reference, requirement.confidence, None, 1.0, 0.0, {})
+        return Floor(reference, requirement.confidence, None, 1.0, 0.0, {}, tuple(sorted(saved)))
 
-    def _fill(self, key: _Key, reference: str, confidence: Decimal, costs: Mapping[str, Decimal]) -> Floor:
+    def _fill(self, key: _Key, reference: str, confidence: Decimal, saved: Mapping[str, Decimal]) -> Floor:
         _, _, _, prompt_class, quality, _ = key
-        found = self._compute(reference, prompt_class, quality, confidence, costs)
+        found = self._compute(reference, prompt_class, quality, confidence, saved)
         self._known[key] = found
         if len(self._known) > MEMORY:
             self._known.popitem(last=False)
@@ -95,14 +98,13 @@ class QualityFloor:
         prompt_class: str,
         quality: Decimal,
         confidence: Decimal,
-        costs: Mapping[str, Decimal],
+        saved: Mapping[str, Decimal],
     ) -> Floor:
-        dear = costs.get(reference, Decimal("Infinity"))
-        saved = {name: dear - cost for name, cost in costs.items() if name != reference and cost < dear}
+        compared = tuple(sorted(saved))
         max_excess, delta = float(1 - quality), float(1 - confidence)
         if self._calibration is None:
             needed = labels_needed(0, max_excess, delta / max(len(saved), 1))
-            return Floor(reference, confidence, None, 1.0, 0.0, dict.fromkeys(saved, needed))
+            return Floor(reference, confidence, None, 1.0, 0.0, dict.fromkeys(saved, needed), compared)
         found = self._calibration.certificates(prompt_class, list(saved), reference, max_excess, delta)
         best = max(
             (entry for entry in found.values() if entry.threshold is not None),
@@ -111,8 +113,8 @@ class QualityFloor:
         )
         missing = {name: entry.missing for name, entry in found.items() if entry.threshold is None}
         if best is None or best.threshold is None:
-            return Floor(reference, confidence, None, 1.0, 0.0, missing)
-        return Floor(reference, confidence, best.model, best.threshold, best.bound, missing)
+            return Floor(reference, confidence, None, 1.0, 0.0, missing, compared)
+        return Floor(reference, confidence, best.model, best.threshold, best.bound, missing, compared)
 
 
 def reference_of(snapshot: Snapshot, policy: EffectivePolicy, prompt_class: str) -> str | None:
@@ -125,10 +127,18 @@ def reference_of(snapshot: Snapshot, policy: EffectivePolicy, prompt_class: str)
     return max(priors, key=lambda name: priors[name], default=None)
 
 
-def _costs(snapshot: Snapshot, policy: EffectivePolicy, at: datetime) -> dict[str, Decimal]:
-    """One figure a priced model to compare them by: three input tokens to one output token, as routing pays them."""
-    return {
+def _saved(snapshot: Snapshot, policy: EffectivePolicy, reference: str, at: datetime) -> dict[str, Decimal]:
+    """What each cheaper model saves, in one figure to compare them by: three input tokens to one output token, as
+    routing pays them. A model without a prior is never chosen, so it is not among them.
+    """
+    costs = {
         name: 3 * price.marginal_prices["input"] + price.marginal_prices["output"]
         for name in policy.allow
         if (price := snapshot.price(name, at)) is not None
+    }
+    dear = costs.get(reference, Decimal("Infinity"))
+    return {
+        name: dear - cost
+        for name, cost in costs.items()
+        if name != reference and cost < dear and snapshot.models[name].quality is not None
     }

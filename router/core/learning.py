@@ -17,16 +17,25 @@ if TYPE_CHECKING:
 
 BUDGET = "learn"
 """The budget that shadow answers and judges are paid from."""
+DRAWN = "floor"
+DRAWN_SAME = "floor_same"
+DRAWN_JUDGED = "floor_judge"
+DRAWN_SOURCES = (DRAWN, DRAWN_SAME, DRAWN_JUDGED)
+"""Of labels of requests that were compared for a quality floor (`classifiers.floor.draw_comparison`): by agreement,
+by the same answer twice beyond doubt, and by a judge. Both answers of the pair are labelled. Certificates rest on
+these alone.
+"""
 OWN_CALLS = "learn."
 """How endpoints of calls begin that the gateway makes of its own to learn: a team's cost, no request of its apps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """How good one model's answer to one request was: `score` 0..1, `weight` how far that is to be believed.
+    """How good one model's answer to one request was: `score` 0..1, `weight` how far that is to be believed; 0: not
+    at all, the row only says that the request was drawn.
 
-    `source` is feedback, refusal, truncated, invalid_json, tool_error, repeated, shadow or judge. `propensity` is
-    the probability with which the answer came about, `key_id` and `team` are those of the request.
+    `source` is feedback, refusal, truncated, invalid_json, tool_error, repeated, shadow, judge or of `DRAWN_SOURCES`.
+    `propensity` is the probability with which the answer came about, `key_id` and `team` are those of the request.
     """
 
     request_id: str
@@ -82,7 +91,8 @@ class Floor:
 
     Beside `reference` only `model` may answer, from a predicted success of `threshold` on, and nothing where it is
     None. `missing`: by cheaper model without a certificate, the clean labels it lacks. `bound`: on the excess failure
-    rate of this rule against always using the reference; 0 where only the reference answers.
+    rate of this rule against always using the reference; 0 where only the reference answers. `compared`: the
+    cheaper models, on each of which a drawn request is as likely to be compared, with a certificate and without.
     """
 
     reference: str
@@ -91,6 +101,7 @@ class Floor:
     threshold: float
     bound: float
     missing: Mapping[str, int]
+    compared: tuple[str, ...] = ()
 
     def excludes(self, model: str, estimate: Estimate | None) -> str | None:
         """Why a model other than the reference may not answer; None: it may."""

@@ -126,7 +126,11 @@ class Decide:
             return None
         minimum = max(requirement.min_quality, question.min_quality or Decimal(0))
         assert question.prompt_class is not None
-        return self.floor.of(exchange.snapshot, policy, question.prompt_class, minimum, exchange.opened_at)
+        found = self.floor.of(exchange.snapshot, policy, question.prompt_class, minimum, exchange.opened_at)
+        if found is not None and not exchange.comparable:
+            # None of its like is ever drawn, so what was shown was shown of other requests.
+            return replace(found, model=None, bound=0.0)
+        return found
 
     def could_change(self, exchange: Exchange, verdict: Verdict) -> bool:
         """Whether a neighbouring class would have led to another model."""

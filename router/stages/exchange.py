@@ -114,6 +114,13 @@ class Exchange(Struct, eq=False):
     def prompt_class(self) -> str | None:
         return self.verdict.prompt_class if self.verdict is not None else self.stored_class
 
+    @property
+    def comparable(self) -> bool:
+        """Whether a second answer may be made to compare the first one with: not where the caller asks for nothing
+        to be kept, nor for several answers.
+        """
+        return self.wishes.write_cache and self.request.choices == 1
+
 
 UNSENT = "not sent"
 ASIDE = frozenset({"escalated", "verifier", UNSENT})

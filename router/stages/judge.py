@@ -30,6 +30,12 @@ VERDICT_TOKENS = 1024
 """Room for a model that thinks before it answers."""
 SHORT_WORDS = 12
 TIE = 0.25
+FORMAL, SHORT, LONG = 0.5, 0.25, 0.1
+"""How far agreement is believed, by the form of the reference's answer: tool calls, JSON and short texts with
+numbers; other short texts; longer ones.
+"""
+NEARLY = 0.75
+"""The score of a short answer with the same numbers, or around the same words: "not 42" may say the opposite."""
 
 Answer = Mapping[str, Any]
 """A chat completion as JSON, whole."""
@@ -221,36 +227,32 @@ def agreement(
 ) -> tuple[float, float] | None:
     """How far an answer says what the reference's says: (score 0..1, weight 0..1). None: it cannot be told.
 
-    Equal JSON, tool calls, numbers and short texts are strong evidence, unlike ones of a short form good evidence;
-    `likeness` of longer texts (a cosine) is weak evidence, for a wrong answer can look much like a right one.
+    The weight hangs on the form of the reference's answer alone, never on what is found: else a model that fails in
+    one case of four would look like one that fails in one of ten. `likeness` of longer texts is a cosine.
     """
     calls = _calls(served), _calls(reference)
-    if calls[0] or calls[1]:
-        return (1.0, 1.0) if calls[0] == calls[1] else (0.0, 0.5)
+    if calls[1]:
+        return float(calls[0] == calls[1]), FORMAL
     texts = _message(served).get("content"), _message(reference).get("content")
-    if (
-        not isinstance(texts[0], str)
-        or not isinstance(texts[1], str)
-        or not (texts[0].strip() and texts[1].strip())
-    ):
+    if not isinstance(texts[1], str) or not texts[1].strip():
         return None
-    if texts[0] == texts[1]:
-        return 1.0, 1.0
-    values = _json(texts[0]), _json(texts[1])
+    values = _json(texts[0]) if isinstance(texts[0], str) else None, _json(texts[1])
     if values[1] is not None:
-        return (1.0, 1.0) if values[0] == values[1] else (0.0, 0.5)
-    left, right = (_normalised(_cut(text, MAX_ANSWER)) for text in (texts[0], texts[1]))
+        return float(values[0] == values[1]), FORMAL
+    right = _normalised(_cut(texts[1], MAX_ANSWER))
+    short, numbers = len(right.split()) <= SHORT_WORDS, _numbers(right)
+    weight = (FORMAL if numbers else SHORT) if short else LONG
+    if calls[0] or not isinstance(texts[0], str) or not texts[0].strip():
+        return 0.0, weight
+    left = _normalised(_cut(texts[0], MAX_ANSWER))
     if left == right:
-        return 1.0, 1.0
-    if len(right.split()) <= SHORT_WORDS and len(left.split()) <= SHORT_WORDS:
-        numbers = _numbers(left), _numbers(right)
-        if numbers[0] and numbers[1]:
-            return (1.0, 0.75) if numbers[0] == numbers[1] else (0.0, 0.5)
-        if f" {right} " in f" {left} " or f" {left} " in f" {right} ":
-            return 1.0, 0.75
-        return 0.0, 0.25
+        return 1.0, weight
+    if short and len(left.split()) <= SHORT_WORDS:
+        if numbers and (others := _numbers(left)):
+            return NEARLY * (others == numbers), weight
+        return NEARLY * (f" {right} " in f" {left} " or f" {left} " in f" {right} "), weight
     cosine = likeness(_cut(texts[0], MAX_ALIKE), _cut(texts[1], MAX_ALIKE))
-    return min(1.0, max(0.0, (cosine - 0.3) / 0.6)), 0.1
+    return min(1.0, max(0.0, (cosine - 0.3) / 0.6)), weight
 
 
 def comparable(answer: Answer) -> bool:

@@ -1,6 +1,6 @@
 """Shadow answers: a share of the requests that a cheaper model answered also goes to the reference, and a judge, or
-their agreement, says how good both answers are. Where the reference itself answered because cheaper models lack the
-labels that a quality floor asks for, one of those gets the request instead.
+their agreement, says how good both answers are. Where a quality floor is asked for the draw takes no notice of who
+answered: the reference and one of the cheaper models are compared, whichever of them has not answered answers now.
 
 Off the answer path: it begins when the answer has ended, in a task of its own that fails and delays no request. Each
 call is a ledger row of its own (`learn.shadow`, `learn.judge`) under the budget `learn`; the labels travel with it.
@@ -12,15 +12,16 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from msgspec import structs
 
 from classifiers.encoder import Encoder
+from classifiers.floor import draw_comparison
 from router.core.decide import NoPlan, Plan
 from router.core.errors import FarthingError, UnavailableError, UpstreamError
 from router.core.floor import reference_of
-from router.core.learning import Label
+from router.core.learning import DRAWN, DRAWN_JUDGED, DRAWN_SAME, Label
 from router.core.policy import BudgetLimit, LearnPolicy
 from router.core.ports import Clock, Identifiers
 from router.core.pricing import price_usage, total
@@ -35,6 +36,7 @@ from router.stages.judge import (
     judge_request,
     read_verdict,
     readable,
+    says_the_same,
     unstreamed,
 )
 from router.stages.reserve import Reserve
@@ -55,18 +57,17 @@ ORGANISATION = "organisation"
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A request whose answer, by `served`, is compared with one by `other`; one of the two is the reference.
-    `propensity`: with which this pair came about.
+    """A request on which `cheaper` is compared with `reference`. `propensity`: with which this pair came about;
+    `drawn`: for a quality floor, whoever answered the request. `answers` by model, at first the one that was served.
     """
 
     exchange: Exchange
     learn: LearnPolicy
-    served: str
-    other: str
-    answer: Answer
+    cheaper: str
+    reference: str
     propensity: float
-    yardstick: Literal["served", "other"]
-    """Which of the two is the reference's."""
+    drawn: bool
+    answers: dict[str, Answer]
 
 
 class Shadows:
@@ -97,15 +98,24 @@ class Shadows:
         learn = exchange.learn
         if learn is None or not learn.shadow or learn.budget is None or self._ended:
             return
-        others = _others(exchange)
-        if not others or body is None or len(body) > MAX_ANSWER:
+        plan = exchange.plan
+        if plan is None or not _complete(exchange) or body is None or len(body) > MAX_ANSWER:
             return
-        draw = self._draw()
-        if draw >= learn.shadow or len(self._tasks) >= IN_FLIGHT:
+        reference = _reference(exchange, drawn=bool(plan.compared))
+        if reference is None or not exchange.comparable:
             return
-        other = others[min(int(draw / float(learn.shadow) * len(others)), len(others) - 1)]
-        propensity = float(learn.shadow) / len(others)
-        self.spawn(self._compare(exchange, learn, other, propensity, body))
+        compared = plan.compared or _answered_cheaper(exchange, reference)
+        found = draw_comparison(compared, float(learn.shadow), self._draw()) if compared else None
+        if found is None or len(self._tasks) >= IN_FLIGHT:
+            return
+        cheaper, propensity = found
+        able = {candidate.model for candidate in plan.candidates}
+        if cheaper not in able or reference not in able:
+            return  # another model would not be as likely to be drawn where it is able as where it is not
+        if not plan.compared:
+            propensity *= plan.propensity
+        pair = _Pair(exchange, learn, cheaper, reference, propensity, bool(plan.compared), {})
+        self.spawn(self._compare(pair, body))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Runs it off the answer path. Nothing is spawned beyond IN_FLIGHT, nor once it has ended."""
@@ -127,15 +137,12 @@ class Shadows:
         self.end()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _compare(
-        self, exchange: Exchange, learn: LearnPolicy, other: str, propensity: float, body: bytes
-    ) -> None:
+    async def _compare(self, pair: _Pair, body: bytes) -> None:
+        exchange = pair.exchange
         answer, served = await parsed(body, exchange.request.stream), serving(exchange.attempts)
-        if answer is None or served is None or exchange.plan is None:
+        if answer is None or served is None:
             return
-        propensity *= exchange.plan.propensity
-        yardstick: Literal["served", "other"] = "other" if other == _reference(exchange) else "served"
-        pair = _Pair(exchange, learn, served.model, other, answer, propensity, yardstick)
+        pair.answers[served.model] = answer
         try:
             await self._shadow(pair)
         except FarthingError:
@@ -147,20 +154,32 @@ class Shadows:
         judge = pair.learn.judge if readable(pair.exchange.request) else None
         if judge not in pair.exchange.policy.allow:
             judge = None  # whoever may not answer the prompt may not read it either
+        for model in (pair.cheaper, pair.reference):
+            if model not in pair.answers:
+                await self._second(pair, model, agree=judge is None or pair.drawn)
+        if judge is None or not pair.answers.keys() >= {pair.cheaper, pair.reference}:
+            return
+
+        def scored(judging: Exchange, cheaper: float, reference: float) -> None:
+            source = DRAWN_JUDGED if pair.drawn else "judge"
+            judging.labels = self._labels(pair, source, cheaper, reference, 1.0)
+
+        answers = (pair.answers[pair.cheaper], pair.answers[pair.reference])
+        await self.judged(pair.exchange, pair.learn, judge, answers, scored)
+
+    async def _second(self, pair: _Pair, model: str, *, agree: bool) -> None:
+        """A further answer to the pair's request. `agree`: once it is the last, agreement labels the pair; of a pair
+        that was drawn for a floor also where a judge will be asked, for without its verdict the pair counts as well.
+        """
         request = unstreamed(pair.exchange.request)
-        shadow = self.aside(pair.exchange, pair.learn, SHADOW_ENDPOINT, pair.other, request)
+        shadow = self.aside(pair.exchange, pair.learn, SHADOW_ENDPOINT, model, request)
 
-        def labelled(answer: Answer) -> None:
-            if judge is None:
-                shadow.labels = self._agreed(pair, answer)
+        def read(answer: Answer) -> None:
+            pair.answers[model] = answer
+            if agree and pair.answers.keys() >= {pair.cheaper, pair.reference}:
+                shadow.labels = self._agreed(pair)
 
-        answer = await self.call(shadow, pair.other, labelled)
-        if answer is not None and judge is not None:
-
-            def scored(judging: Exchange, served: float, other: float) -> None:
-                judging.labels = self._labels(pair, "judge", served, other, 1.0)
-
-            await self.judged(pair.exchange, pair.learn, judge, (pair.answer, answer), scored)
+        await self.call(shadow, model, read)
 
     async def judged(
         self,
@@ -188,24 +207,26 @@ class Shadows:
 
         await self.call(judging, judge, said)
 
-    def _agreed(self, pair: _Pair, answer: Answer) -> tuple[Label, ...]:
-        """Labels without a judge: the reference's answer is the yardstick, unless it is broken itself."""
-        mine = pair.yardstick == "served"
-        reference, cheap = (pair.answer, answer) if mine else (answer, pair.answer)
-        if signals_of(pair.exchange.request, reference):
-            return ()
-        found = agreement(cheap, reference, self._likeness)
-        if found is None:
-            return ()
-        score, weight = found
-        return self._labels(pair, "shadow", *((1.0, score) if mine else (score, 1.0)), weight)
+    def _agreed(self, pair: _Pair) -> tuple[Label, ...]:
+        """Labels without a judge: the reference's answer is the yardstick, unless it is broken itself. A pair drawn
+        for a floor is labelled in any case, if only to say that it was drawn, and the label says whether the answers
+        are the same beyond doubt.
+        """
+        cheaper, reference = pair.answers[pair.cheaper], pair.answers[pair.reference]
+        broken = bool(signals_of(pair.exchange.request, reference))
+        found = None if broken else agreement(cheaper, reference, self._likeness)
+        if not pair.drawn:
+            return () if found is None else self._labels(pair, "shadow", found[0], 1.0, found[1])
+        score, weight = found or (0.0, 0.0)
+        source = DRAWN if broken or not says_the_same(cheaper, reference) else DRAWN_SAME
+        return self._labels(pair, source, score, 1.0, weight)
 
     def _likeness(self, left: str, right: str) -> float:
         vectors = self._encoder.encode([left, right])
         return float(vectors[0] @ vectors[1])
 
     def _labels(
-        self, pair: _Pair, source: str, served: float, other: float, weight: float
+        self, pair: _Pair, source: str, cheaper: float, reference: float, weight: float
     ) -> tuple[Label, ...]:
         caller, now = pair.exchange.caller, self._clock.now()
         return tuple(
@@ -220,7 +241,7 @@ class Shadows:
                 key_id=caller.key_id,
                 team=caller.team,
             )
-            for model, score in ((pair.served, served), (pair.other, other))
+            for model, score in ((pair.cheaper, cheaper), (pair.reference, reference))
         )
 
     def aside(
@@ -281,28 +302,28 @@ class Shadows:
         return answer
 
 
-def _reference(exchange: Exchange) -> str | None:
-    """What cheaper models are measured against; None where the policy does not allow it for this request."""
+def _reference(exchange: Exchange, *, drawn: bool) -> str | None:
+    """What cheaper models are measured against; None where the policy does not allow the baseline for this request.
+    A quality floor has a reference all the same.
+    """
     policy, verdict = exchange.policy, exchange.verdict
-    if verdict is None or (policy.baseline is not None and policy.baseline not in policy.allow):
+    if verdict is None:
+        return None
+    if not drawn and policy.baseline is not None and policy.baseline not in policy.allow:
         return None
     return reference_of(exchange.snapshot, policy, verdict.prompt_class)
 
 
-def _others(exchange: Exchange) -> tuple[str, ...]:
-    """The models one of which may answer as well; none where the request is not one to be compared."""
-    plan, record, wishes = exchange.plan, exchange.record, exchange.wishes
-    if plan is None or plan.reason == "named" or record is None or record.status != "complete":
+def _complete(exchange: Exchange) -> bool:
+    """Whether the request was routed, and answered."""
+    plan, record = exchange.plan, exchange.record
+    routed = plan is not None and plan.reason != "named"
+    return routed and record is not None and record.status == "complete"
+
+
+def _answered_cheaper(exchange: Exchange, reference: str) -> tuple[str, ...]:
+    """The model that answered, where the reference is dearer."""
+    served, price = serving(exchange.attempts), exchange.prices.get(reference)
+    if served is None or served.cost is None or served.model == reference or price is None:
         return ()
-    if not wishes.write_cache or exchange.request.choices != 1:
-        return ()  # who asks for nothing to be kept gets no second answer made
-    reference, served = _reference(exchange), serving(exchange.attempts)
-    if reference is None or served is None or served.cost is None:
-        return ()
-    if served.model == reference:
-        return plan.unproven
-    # A candidate passed every hard constraint: the policy allows it, and it can do what the request needs.
-    price = exchange.prices.get(reference)
-    if price is None or all(candidate.model != reference for candidate in plan.candidates):
-        return ()
-    return (reference,) if total(price_usage(served.usage, price)) > served.cost else ()
+    return (served.model,) if total(price_usage(served.usage, price)) > served.cost else ()

@@ -10,6 +10,7 @@ import numpy as np
 
 from classifiers import own_traffic, prompt_features
 from classifiers.encoder import DATA_DIRECTORY, StaticEncoder
+from classifiers.floor import Comparisons
 from classifiers.own_traffic import Examples
 from classifiers.success import SuccessHeads
 from classifiers.success_features import PromptFeatures
@@ -82,11 +83,22 @@ def joined(left: Examples, right: Examples) -> Examples:
     )
 
 
+def compared(rows: Examples) -> Comparisons:
+    """Every prompt with both models' labels, as a draw for the quality floor finds them."""
+    table = np.full((len(rows.prompts), len(MODELS)), np.nan)
+    table[rows.prompt, rows.model] = rows.score
+    prompts = np.flatnonzero(~np.isnan(table).any(axis=1))
+    n = len(prompts)
+    both = np.tile(np.arange(len(MODELS)), (n, 1))
+    return Comparisons(prompts, both, table[prompts], np.ones(n, dtype=bool), np.full(n, 0.02), np.zeros(n))
+
+
 def fitted(rows: Examples, *, trees: int = 20, seed: int = 0) -> SuccessHeads:
     """Heads with the held-out rows an artefact carries."""
     inside, held = own_traffic.split(rows, seed)
     heads = own_traffic.fit(inside, PRIORS, encoder().id, seed, trees)
-    heads.arrays.update(own_traffic.calibration(heads, held).arrays())
+    found = own_traffic.calibration(heads, held.prompts, held.classes, compared(held))
+    heads.arrays.update(found.arrays())
     return heads
 
 

@@ -80,7 +80,8 @@ def rows(n: int) -> Calibration:
         np.full(n, CLASSES.index("simple"), np.int8),
         np.tile(np.linspace(0.5, 1.0, n, dtype=np.float32)[:, None], 2),
         np.ones((n, 2), np.float32),
-        np.ones((n, 2), np.float32),
+        np.ones(n, np.float32),
+        np.ones(n, np.bool_),
     )
 
 

@@ -14,7 +14,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
-from classifiers import prompt_features
+from classifiers import own_traffic, prompt_features
+from classifiers.floor import Calibration
 from router import learn
 from router.adapters.memory import ManualClock
 from router.adapters.price_catalogue import shipped_catalogue
@@ -87,7 +88,9 @@ def traffic(
             features=prompt_features.pack(read(kind, 10_000 * seed + number)),
             features_encoder=encoder().id,
         )
-        label = labelled(record, "feedback", score=float(good), weight=1.0, at=at)
+        # At one moment their order, and with it what is held out, would be that of random ids.
+        moment = at - timedelta(milliseconds=count - number)
+        label = labelled(record, "feedback", score=float(good), weight=1.0, at=moment)
         records.append(replace(record, labels=(label,)))
     return records
 
@@ -166,9 +169,80 @@ def test_held_out_labels_stay_unknown_where_a_class_asks_for_confidence(
     assert (whole.card["fitted_on"], proof.card["fitted_on"]) == ("all labels", "labels not held out")
     assert whole.card["auroc"] == proof.card["auroc"]  # judged before, on what the heads had not seen
     labels, rows = "labels", "calibration_classes"
-    held = len(proof.heads.arrays[rows])
-    assert (int(whole.heads.arrays[labels].sum()), len(whole.heads.arrays[rows])) == (count, 0)
-    assert (int(proof.heads.arrays[labels].sum()) + held, held > 30) == (count, True)
+    assert int(whole.heads.arrays[labels].sum()) == count
+    assert int(proof.heads.arrays[labels].sum()) == count - whole.card["held_out_labels"]
+    assert len(whole.heads.arrays[rows]) == len(proof.heads.arrays[rows]) == 0, (
+        "feedback is whatever people send"
+    )
+
+
+def drawn(count: int, *, seed: int = 20, at: datetime = NOW, judged: bool = True) -> list[RequestRecord]:
+    """One request a prompt, served by the large model, that was drawn and compared with the small one."""
+    rng = np.random.default_rng(seed)
+    records = []
+    for number, record in enumerate(traffic(count, seed=seed, at=at)):
+        kind = "sum" if number % 2 else "greet"
+        scores = {model: float(rng.random() < SUCCESS[model, kind]) for model in MODELS}
+        common: dict[str, Any] = {"at": at, "propensity": 0.02}
+        found = [
+            labelled(record, "floor", model=model, score=score, weight=weight, **common)
+            for model, score, weight in (("small", 1.0, 0.1), ("large", 1.0, 0.1))
+        ]
+        if judged:
+            found += [
+                labelled(record, "floor_judge", model=model, score=scores[model], weight=1.0, **common)
+                for model in MODELS
+            ]
+        records.append(replace(record, served_model="large", labels=tuple(found)))
+    return records
+
+
+def test_a_certificate_rests_on_drawn_requests_each_counted_once(engine: Engine, snapshot: Snapshot) -> None:
+    sure = POLICY.replace("medium: { min_quality: 0.75 }", "medium: { min_quality: 0.6, confidence: 95% }")
+    asking = load(PROVIDERS, sure, shipped_catalogue(), ManualClock().now()).snapshot
+    assert asking is not None
+    records = drawn(600)
+    book(engine, [*records, *drawn(100, seed=21, at=NOW - timedelta(days=100))])
+    found = learn.learn(engine, asking, NOW, trees=TREES)
+    assert found.heads is not None
+    assert found.card["by_source"] == {"floor": 1400, "floor_judge": 1400}
+    assert found.card["labels"] == 1400, "a verdict stands in place of agreement"
+    held = found.card["compared"]["held_out"]
+    assert found.card["compared"] == {"requests": 600, "unsure": 0, "held_out": held}, "older than 90 days"
+    assert 100 < held < 200
+    carried = Calibration.of(found.heads.models, found.heads.arrays)
+    before = carried.certificates("medium", ["small"], "large", 0.4, 0.05)["small"]
+    assert (before.labels, before.threshold is not None) == (held, True)
+
+    # A hundred people who score one cached answer, and callers' floods, move no certificate.
+    hit = replace(
+        settled(new_id(), cache="exact", cache_entry=records[0].id, served_model="large"), attempts=()
+    )
+    flood = [labelled(hit, "feedback", score=0.0, weight=1.0, at=NOW, key_id=f"key_{n}") for n in range(100)]
+    book(engine, [replace(hit, labels=tuple(flood))])
+    after = learn.learn(engine, asking, NOW, trees=TREES)
+    assert after.heads is not None
+    again = Calibration.of(after.heads.models, after.heads.arrays)
+    assert len(again.classes) == held
+    assert (np.sort(again.labels, axis=0) == np.sort(carried.labels, axis=0)).all(), "the same ones"
+    assert again.certificates("medium", ["small"], "large", 0.4, 0.05)["small"].labels == held
+
+
+def test_without_a_judge_every_answer_that_differs_is_harm(engine: Engine, snapshot: Snapshot) -> None:
+    records = [*traffic(200, seed=22), *drawn(300, judged=False)]
+    nothing = drawn(1, seed=23, judged=False)[0]
+    nothing = replace(nothing, labels=tuple(replace(label, weight=0.0) for label in nothing.labels))
+    book(engine, [*records, nothing])
+    examples, comparisons, _ = learn.examples_of(labelled_traffic(engine, encoder().id), snapshot, NOW)
+    assert len(examples.score) == 800, (
+        "what is not believed at all teaches nothing, and was drawn all the same"
+    )
+    assert (len(comparisons.sure), comparisons.sure.any()) == (301, False)
+    heads = own_traffic.fit(examples, learn.priors_of(snapshot, examples.models), encoder().id, 0, TREES)
+    carried = Calibration.of(heads.models, learn.calibration(heads, examples, comparisons))
+    certificate = carried.certificates("medium", ["small"], "large", 0.1, 0.05)["small"]
+    assert certificate.share < 0.1, "no more is routed than may fail"
+    assert (carried.rows("medium", "small", "large").excess == 1.0).all()
 
 
 def test_labels_of_noise_do_not_get_into_force(engine: Engine, snapshot: Snapshot) -> None:
@@ -272,7 +346,7 @@ def test_a_judgement_stands_in_place_of_signals(engine: Engine, snapshot: Snapsh
         flagged, labels=(labelled(flagged, "refusal"), labelled(flagged, "feedback", model="gone"))
     )
     book(engine, [both, flagged])
-    examples, unknown = learn.examples_of(labelled_traffic(engine, encoder().id), snapshot, NOW)
+    examples, _, unknown = learn.examples_of(labelled_traffic(engine, encoder().id), snapshot, NOW)
     assert unknown == 1
     assert sorted(zip(examples.key.tolist(), examples.strong.tolist(), strict=True)) == [
         ("", True),
@@ -288,7 +362,7 @@ def test_a_judgement_stands_in_place_of_signals(engine: Engine, snapshot: Snapsh
 def test_features_of_another_version_are_passed_over(engine: Engine, snapshot: Snapshot) -> None:
     good, old = traffic(2, seed=8)
     book(engine, [good, replace(old, features=b"\x00old")])
-    examples, _ = learn.examples_of(labelled_traffic(engine, encoder().id), snapshot, NOW)
+    examples, _, _ = learn.examples_of(labelled_traffic(engine, encoder().id), snapshot, NOW)
     assert len(examples.score) == 1
 
 

@@ -528,13 +528,13 @@ def test_the_floor_stands_in_place_of_min_quality() -> None:
     assert plan.dropped["small"] == "quality floor: learned success 0.69 below 0.70 for 95 % confidence"
 
 
-def test_with_labels_missing_the_reference_answers_and_the_cheaper_model_is_named_as_unproven() -> None:
-    lacking = floor(model=None, missing={"small": 120})
+def test_with_labels_missing_the_reference_answers_and_the_cheaper_model_is_compared() -> None:
+    lacking = floor(model=None, missing={"small": 120}, compared=("small",))
     plan = plan_for(effective=ASKING, floor=lacking)
     assert chosen(plan) == ("large", "cheapest")
     assert plan.dropped["small"] == "quality floor: 120 labels missing for 95 % confidence"
     assert isinstance(plan, Plan)
-    assert plan.unproven == ("small",)
+    assert plan.compared == ("small",)
     one = floor(model=None, missing={"small": 1}, confidence=Decimal("0.995"))
     dropped = plan_for(effective=ASKING, floor=one).dropped["small"]
     assert dropped == "quality floor: 1 label missing for 99.5 % confidence"
@@ -574,8 +574,11 @@ def test_the_floor_leaves_downgrades_and_named_models_alone() -> None:
     assert chosen(plan_for(question(reference="small"), swap, floor=lacking)) == ("small", "cheapest")
 
 
-def test_the_chosen_model_is_not_among_the_unproven() -> None:
-    away = {"large": LiveStatus(available=False, reason="breaker open")}
-    plan = plan_for(effective=ASKING, live=away, floor=floor(model=None, missing={"small": 3}))
-    assert isinstance(plan, Plan)
-    assert plan.unproven == ()
+def test_what_is_compared_does_not_hang_on_who_answers() -> None:
+    estimates = {"small": learned(0.75), "large": learned(0.8)}
+    lower = {**estimates, "small": learned(0.69)}
+    plans = [
+        plan_for(effective=ASKING, success=s, floor=floor(compared=("small",))) for s in (estimates, lower)
+    ]
+    assert [chosen(plan)[0] for plan in plans] == ["small", "large"]
+    assert [plan.compared for plan in plans if isinstance(plan, Plan)] == [("small",)] * 2

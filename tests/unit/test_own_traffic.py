@@ -18,6 +18,7 @@ from tests.contracts.own_traffic_parts import (
     MODELS,
     PRIORS,
     SUCCESS,
+    compared,
     encoder,
     examples,
     fitted,
@@ -139,10 +140,21 @@ def test_the_held_out_rows_travel_with_the_heads() -> None:
     assert carried.models == MODELS
     assert carried.labels.shape[0] == carried.predicted.shape[0] > 20
     rows = carried.rows("medium", "small", "large")
-    assert len(rows.label) == carried.labels.shape[0]
-    assert set(np.unique(rows.label)) == {0.0, 1.0}
+    assert len(rows.excess) == carried.labels.shape[0]
+    assert set(np.unique(rows.excess)) == {-1.0, 0.0, 1.0}
     assert np.isnan(rows.predicted).mean() < 0.2
-    assert len(carried.rows("simple", "small", "large").label) == 0
+    assert len(carried.rows("simple", "small", "large").excess) == 0
+
+
+def test_requests_drawn_for_a_floor_are_held_out_one_by_one() -> None:
+    rows = examples(100)
+    copies = replace(rows, prompts=[rows.prompts[number % 4] for number in range(100)])
+    together = own_traffic.held_out(copies, 1)
+    assert all(len(set(together[number::4].tolist())) == 1 for number in range(4))
+    drawn = replace(compared(copies), lot=np.linspace(0, 0.99, 100)).rows(np.arange(100) % 2 == 0)
+    apart = own_traffic.held_out(copies, 1, drawn)
+    assert (np.flatnonzero(apart[::2]) == np.arange(13)).all(), "by each one's lot"
+    assert (apart[1::2] == together[1::2]).all()
 
 
 # ---- judging ----

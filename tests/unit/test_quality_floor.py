@@ -51,7 +51,8 @@ def rows(tiny: float, small: float, n: int = 2000) -> Calibration:
         np.full(n, 1, np.int8),
         predicted.astype(np.float32),
         (draws.random((n, 3)) < predicted).astype(np.float32),
-        np.ones((n, 3), np.float32),
+        np.ones(n, np.float32),
+        np.ones(n, np.bool_),
     )
 
 
@@ -69,6 +70,7 @@ def test_before_anything_is_learned_every_cheaper_model_lacks_labels() -> None:
     found = floor_of(QualityFloor(None), snapshot())
     assert (found.reference, found.model, found.bound) == ("large", None, 0.0)
     assert set(found.missing) == {"tiny", "small"}, "dearer models are not held back for labels"
+    assert found.compared == ("small", "tiny")
     assert found.missing["tiny"] == 20  # ln(0.05 / 2 / 2) / ln(0.8), rounded up
 
 
@@ -77,6 +79,7 @@ def test_the_cheaper_model_that_saves_most_gets_the_class() -> None:
     assert found.model == "tiny"
     assert 0.0 < found.bound <= 0.2
     assert found.missing == {}
+    assert found.compared == ("small", "tiny"), "labels go on coming in after a certificate"
     found = floor_of(QualityFloor(rows(tiny=0.3, small=0.9)), snapshot())
     assert found.model == "small"
 
@@ -97,6 +100,14 @@ def test_a_stricter_wish_routes_no_further() -> None:
     assert strict is floor_of(floors, snapshot(), min_quality=Decimal("0.96")), "counted in whole percent"
     assert strict.model is None or strict.threshold > plain.threshold or strict.model != plain.model
     assert strict.bound <= 0.04
+
+
+def test_the_policys_own_quality_is_not_rounded() -> None:
+    fine = snapshot(POLICY.replace("min_quality: 0.8", "min_quality: 0.995"))
+    found = floor_of(QualityFloor(None), fine)
+    assert (
+        found.missing["tiny"] == 875
+    )  # ln(0.05 / 2 / 2) / ln(0.995), rounded up; at 1.00 it is never enough
 
 
 def test_without_room_for_failures_only_a_model_shown_to_be_no_worse_may_answer() -> None:
@@ -143,7 +154,7 @@ def test_until_a_floor_is_known_the_reference_answers_and_nobody_waits() -> None
         executor.submit(running.wait)
         floors, given = QualityFloor(rows(0.85, 0.9), executor), snapshot()
         found = floor_of(floors, given)
-        assert (found.reference, found.model) == ("large", None)
+        assert (found.reference, found.model, found.compared) == ("large", None, ("small", "tiny"))
         assert found.excludes("tiny", None) == (
             "quality floor: nothing but large is shown to do with 95 % confidence"
         )

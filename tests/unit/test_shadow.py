@@ -22,6 +22,7 @@ from tests.unit.pipeline_parts import Script, eventually, failure
 from tests.unit.routed_parts import RoutedRig, policy, said, streamed
 from tests.values import replace
 
+SHADOWS = ("shadow", "judge", "floor", "floor_same", "floor_judge")
 CHEAP, STRONG, THIRD = (10 * bought + 2 * 4 * bought for bought in (1_000, 10_000, 2_000))
 
 
@@ -59,7 +60,7 @@ def rows(made: RoutedRig, endpoint: str) -> list[RequestRecord]:
 def labels(made: RoutedRig) -> dict[str, tuple[str, float, float]]:
     """(source, score, weight) by model, those of automatic signals left out."""
     found = [label for record in made.journal.settled for label in record.labels]
-    return {x.model: (x.source, x.score, x.weight) for x in found if x.source in ("shadow", "judge")}
+    return {x.model: (x.source, x.score, x.weight) for x in found if x.source in SHADOWS}
 
 
 # ---- who gets one ----
@@ -124,11 +125,17 @@ async def test_an_answer_of_the_reference_itself_is_not_compared() -> None:
     assert rows(made, "learn.shadow") == []
 
 
-class _Unproven:
-    """Decides as ever, and then stays with the reference because the cheaper models lack labels."""
+# ---- for a quality floor ----
 
-    def __init__(self, made: RoutedRig) -> None:
+
+class _Floored:
+    """Decides as ever, and then as a floor does that lets `served` answer."""
+
+    def __init__(self, made: RoutedRig, served: str, propensity: float = 1.0) -> None:
         self._decide = made.pipeline.decide
+        self._changes = {
+            "models": (served,), "compared": ("cheap", "third"), "propensity": propensity,
+        }  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decide, name)
@@ -136,20 +143,73 @@ class _Unproven:
     def choose(self, exchange: Exchange, draw: float) -> None:
         self._decide.choose(exchange, draw)
         assert exchange.plan is not None
-        exchange.plan = replace(exchange.plan, models=("strong",), unproven=("cheap", "third"))
+        exchange.plan = replace(exchange.plan, **self._changes)
 
 
-@pytest.mark.parametrize(("draw", "asked"), [(0.1, "cheap"), (0.3, "third")])
-async def test_models_that_lack_labels_answer_in_the_shadow_of_the_reference(draw: float, asked: str) -> None:
-    made = rig(learn("50%"))
-    made.use(decide=_Unproven(made))
+def floored(served: str, share: str = "50%", judge: str = "", draw: float = 0.1, **options: Any) -> RoutedRig:
+    made = rig(learn(share, judge=judge), **options)
+    made.use(decide=_Floored(made, served, 0.01))
     made.draws = lambda: draw
-    made.wire.scripts = {"strong": [Script(said("42"))], asked: [Script(said("41"))]}
+    return made
+
+
+@pytest.mark.parametrize("served", ["cheap", "third", "strong"])
+@pytest.mark.parametrize(("draw", "drawn"), [(0.1, "cheap"), (0.3, "third"), (0.5, None)])
+async def test_whoever_answers_the_same_models_are_compared(
+    served: str, draw: float, drawn: str | None
+) -> None:
+    made = floored(served, draw=draw)
+    made.wire.scripts = {"strong": [Script(said("42"))]}
+    made.wire.scripts |= {name: [Script(said("41"))] for name in ("cheap", "third")}
     await shadowed(made)
-    assert made.models_called() == ["strong", asked]
-    assert labels(made) == {"strong": ("shadow", 1.0, 0.5), asked: ("shadow", 0.0, 0.5)}
-    (row,) = rows(made, "learn.shadow")
-    assert {label.propensity for label in row.labels} == {0.25}
+    asked = [] if drawn is None else [name for name in (drawn, "strong") if name != served]
+    assert made.models_called() == [served, *asked]
+    found = [label for record in made.journal.settled for label in record.labels if label.source in SHADOWS]
+    if drawn is None:
+        assert found == []
+        return
+    assert labels(made) == {"strong": ("floor", 1.0, 0.5), drawn: ("floor", 0.0, 0.5)}
+    assert {label.propensity for label in found} == {0.25}, "however likely it was who answered"
+    assert {label.request_id for label in found} == {rows(made, "chat.completions")[0].id}
+
+
+async def test_a_model_that_cannot_serve_is_not_replaced_by_another() -> None:
+    made = floored("strong", defaults="allow: [third, strong]")
+    await shadowed(made)
+    assert made.models_called() == ["strong"], "else `third` would be compared twice as often here"
+
+
+@pytest.mark.parametrize(
+    ("cheap", "strong", "source", "score", "weight"),
+    [
+        ("**Paris.**", "Paris", "floor_same", 1.0, 0.25),
+        ("PARIS", "Paris", "floor", 1.0, 0.25),
+        ("It is not 42.", "42", "floor", 0.75, 0.5),
+        ('{"a": 1}', '{"a": 1.0}', "floor", 1.0, 0.5),
+        ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', "floor_same", 1.0, 0.5),
+        ("Paris", "Lima", "floor", 0.0, 0.25),
+        ("Paris", "I'm sorry, but I can't help with that.", "floor", 0.0, 0.0),
+    ],
+)
+async def test_a_label_says_whether_the_answers_are_the_same_beyond_doubt(
+    cheap: str, strong: str, source: str, score: float, weight: float
+) -> None:
+    made = floored("cheap")
+    made.wire.scripts = {"cheap": [Script(said(cheap))], "strong": [Script(said(strong))]}
+    await shadowed(made)
+    assert labels(made) == {"cheap": (source, score, weight), "strong": (source, 1.0, weight)}
+
+
+@pytest.mark.parametrize("served", ["cheap", "strong"])
+async def test_a_judge_has_the_last_word_and_a_pair_it_says_nothing_of_counts(served: str) -> None:
+    for script, source in ((verdict("tie", 0.9, 0.9), "floor_judge"), (Script(status=500), "floor")):
+        made = floored(served, judge="third")
+        made.wire.scripts = {"cheap": [Script(said("a"))], "strong": [Script(said("b"))], "third": [script]}
+        await shadowed(made)
+        (shadow,) = rows(made, "learn.shadow")
+        assert {label.source for label in shadow.labels} == {"floor"}
+        assert {found[0] for found in labels(made).values()} == {source}
+        assert labels(made).keys() == {"cheap", "strong"}
 
 
 async def test_hits_and_followers_are_not_compared_again() -> None:
@@ -285,13 +345,16 @@ async def test_the_organisations_limit_bounds_learning_too() -> None:
 @pytest.mark.parametrize(
     ("cheap", "strong", "expected"),
     [
-        ("**Paris.**", "paris", (1.0, 1.0)),
-        ("It is 42.", "42", (1.0, 0.75)),
+        ("**Paris.**", "paris", (1.0, 0.25)),
+        ("It is 42.", "42", (0.75, 0.5)),
+        ("42", "42", (1.0, 0.5)),
         ("It is 41.", "42", (0.0, 0.5)),
-        ("1,234.50", "1234.5", (1.0, 0.75)),
-        ('{"a": 1, "b": 2}', '```json\n{"b": 2, "a": 1}\n```', (1.0, 1.0)),
+        ("1,234.50", "1234.5", (0.75, 0.5)),
+        ("It is none", "42", (0.0, 0.5)),
+        ('{"a": 1, "b": 2}', '```json\n{"b": 2, "a": 1}\n```', (1.0, 0.5)),
         ('{"a": 1}', '{"a": 2}', (0.0, 0.5)),
         ("Paris", "Lima", (0.0, 0.25)),
+        ("In Paris, France", "Paris, France", (0.75, 0.25)),
     ],
 )
 async def test_without_a_judge_agreement_labels_both(
@@ -330,7 +393,7 @@ async def test_tool_calls_agree_by_name_and_arguments() -> None:
     made = rig()
     made.wire.scripts = {"cheap": [call('{"a": 1, "b": 2}')], "strong": [call('{"b":2,"a":1}')]}
     await shadowed(made)
-    assert labels(made)["cheap"] == ("shadow", 1.0, 1.0)
+    assert labels(made)["cheap"] == ("shadow", 1.0, 0.5)
 
 
 @pytest.mark.parametrize("stream", [False, True])

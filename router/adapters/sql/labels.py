@@ -30,7 +30,7 @@ from router.adapters.sql.schema import (
 )
 from router.core.cached import CacheLabel, JudgedHit
 from router.core.errors import InvalidRequest, NotFound, Overloaded, UnavailableError
-from router.core.learning import Label
+from router.core.learning import DRAWN_SOURCES, Label
 from router.core.ports import Clock
 from router.core.types import Caller, Usage
 
@@ -274,7 +274,8 @@ def _plain(comment: str | None) -> str | None:
 
 MAX_LABELS = 50_000
 """So many are read at most, each with a few hundred bytes of features: the newest of each key in turn, so that no key
-can crowd out the others.
+can crowd out the others. As many again of those that quality floors rest on, the newest of all: these are drawn from
+the traffic, and must go back as far for every key.
 """
 
 
@@ -319,6 +320,7 @@ def labelled_traffic(engine: Engine, encoder_id: str, limit: int = MAX_LABELS) -
             first, sa.and_(first.c.request_id == requests.c.cache_entry, first.c.encoder_id == encoder_id)
         )
     )
+    drawn = newest.c.source.in_(DRAWN_SOURCES)
     query = (
         sa.select(
             newest,
@@ -328,8 +330,12 @@ def labelled_traffic(engine: Engine, encoder_id: str, limit: int = MAX_LABELS) -
             *(requests.c[name] for name in TOKEN_COLUMNS),
         )
         .select_from(joined)
-        .order_by(newest.c.turn, newest.c.at.desc(), newest.c.id)
         .limit(limit)
+    )
+    by_time = (newest.c.at.desc(), newest.c.id)
+    parts = (
+        query.where(drawn).order_by(*by_time),
+        query.where(~drawn).order_by(newest.c.turn, *by_time),
     )
     counted = (
         sa.select(requests.c.served_model, sa.func.count())
@@ -341,7 +347,7 @@ def labelled_traffic(engine: Engine, encoder_id: str, limit: int = MAX_LABELS) -
     without = 0
     try:
         with one_snapshot(engine) as connection:
-            for row in connection.execute(query).mappings():
+            for row in (row for part in parts for row in connection.execute(part).mappings()):
                 if row["features"] is None:
                     without += 1
                     continue
