@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from classifiers.pairs import guard
 from router.core.cached import CacheBook, CacheCandidate, SemanticEntry, SemanticStore
 from router.core.errors import UnavailableError
 from router.core.ports import Clock
@@ -405,9 +406,10 @@ class LikenessCache:
 
     def _pair(self, inquiry: Inquiry, entry: SemanticEntry) -> str:
         """Names the two prompts, whichever was stored. Its name outlives the entry, the texts do not."""
-        texts = sorted(
-            " ".join(text.split()).casefold().rstrip(" .?!") for text in (inquiry.text, entry.prompt)
-        )
+        said = inquiry.text, entry.prompt
+        bare = sorted(map(_bare, said))
+        # Where courtesies are all that differs, the two are told apart by them: a prompt may get its own answer.
+        texts = bare if bare[0] != bare[1] else sorted(said)
         return keyed(self._secret, json.dumps(["pair", inquiry.partition, *texts]))
 
     # ---- keeping ----
@@ -560,6 +562,11 @@ def _judge(exchange: Exchange) -> str | None:
 def _pays(exchange: Exchange) -> bool:
     """Whether the policy pays for asking a model again."""
     return exchange.learn is not None and exchange.learn.budget is not None
+
+
+def _bare(text: str) -> str:
+    """The words of a text without courtesies, as the guard reads them; a longer one than it reads as it is."""
+    return " ".join(guard.read(text).words if len(text) <= guard.MAX_CHARACTERS else text.casefold().split())
 
 
 async def _comparable(stored: StoredAnswer, request: ChatRequest) -> Mapping[str, Any] | None:

@@ -476,7 +476,7 @@ async def test_what_was_wrong_for_a_prompt_does_not_come_back_with_the_next_entr
         assert rig.last.cache == "semantic"
         assert rig.last.candidate is not None
         assert rig.last.candidate.similarity > 0.999, "each gets its own"
-    await rig.chat("How do I open an account, please?")
+    await rig.chat("How can I open an account?")
     assert rig.last.cache == "semantic", "others may get both"
 
 
