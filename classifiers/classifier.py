@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from classifiers import features
+from classifiers import features, phrases
 from classifiers.artefact import Artefact
 from classifiers.encoder import DATA_DIRECTORY, ArtefactError, Encoder, MiniLMEncoder, StaticEncoder
 from classifiers.head import Head, Judgement, border_distance
@@ -125,7 +125,7 @@ def _verdict(text: str, encoder: Encoder, head: Head, name: str) -> Verdict:
     counted, task = features.read(text)
     described = features.describe(counted, task)
     vector = encoder.encode((task,))[0]
-    judgement = head.judge(vector, described)
+    judgement = head.judge(vector, described, phrases.said(task))
     return Verdict(
         prompt_class=judgement.prompt_class,
         difficulty=judgement.difficulty,

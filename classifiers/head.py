@@ -6,6 +6,7 @@ Trained by `classifiers/train.py` with scikit-learn; at run time matrix products
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -125,6 +126,9 @@ class Head:
                 raise ArtefactError(f"{artefact.id}: trained on other features: train again")
             self._weights: Array = np.ascontiguousarray(arrays["weights"], dtype=np.float32)
             self._bias: Array = arrays["bias"].astype(np.float32)
+            phrases = arrays["phrases"].tobytes().decode().split("\n")
+            phrase_weights = arrays["phrase_weights"].astype(np.float64)
+            self._phrases = dict(zip(phrases, map(tuple, phrase_weights.tolist()), strict=True))
             self._centre: Array = arrays["centre"].astype(np.float32)
             self._scale: Array = arrays["scale"].astype(np.float32)
             self._feature_scale: Array = self._scale[dimensions:]
@@ -150,7 +154,8 @@ class Head:
             )
         count = len(self._labels)
         if (
-            labelled.shape != (count, PLACE)
+            phrase_weights.shape[1:] != (len(CLASSES),)
+            or labelled.shape != (count, PLACE)
             or self._axes.shape != (PLACE, width)
             or self._labelled_kinds.shape != (count,)
             or self._centre.shape != (width,)
@@ -160,9 +165,10 @@ class Head:
         ):
             raise ArtefactError(f"{artefact.id}: the labelled prompts do not fit the head")
 
-    def view(self, vectors: Array, described: Array) -> View:
-        """See n prompts: unit vectors (n, dimensions) and `features.describe` (n, len(ALL_NAMES)), float32."""
+    def view(self, vectors: Array, described: Array, said: Iterable[Iterable[str]]) -> View:
+        """See n prompts: unit vectors (n, dimensions), `features.describe` (n, len(ALL_NAMES)) and `phrases.said`."""
         scores = np.concatenate((vectors, described), axis=1) @ self._weights + self._bias
+        scores[:, :3] += [self._of_phrases(phrases) for phrases in said]
         p = np.exp(scores[:, :3] - scores[:, :3].max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
         joint = joined(vectors, described, self._centre, self._scale)
@@ -177,7 +183,19 @@ class Head:
             p = (1.0 - say) * p + say * (votes @ self._labels) / votes.sum(axis=1, keepdims=True)
         return View(p.astype(np.float64), scores[:, 3].astype(np.float64), top.astype(np.float64), nearest)
 
-    def _see(self, vector: Array, described: Array) -> tuple[list[float], float, float, int]:
+    def _of_phrases(self, said: Iterable[str]) -> tuple[float, float, float]:
+        """Return what a prompt's phrases add to the scores of the three classes."""
+        simple = medium = hard = 0.0
+        for weights in map(self._phrases.get, said):
+            if weights is not None:
+                simple += weights[0]
+                medium += weights[1]
+                hard += weights[2]
+        return simple, medium, hard
+
+    def _see(
+        self, vector: Array, described: Array, said: Iterable[str]
+    ) -> tuple[list[float], float, float, int]:
         """Do what `view` does, for one prompt: three probabilities, log(tokens), similarity and nearest prompt.
 
         The gateway asks for every request, and most of `view`'s time goes into calls of NumPy for arrays of one row.
@@ -187,8 +205,9 @@ class Head:
         width = len(vector)
         row = np.concatenate((vector, described))
         scores = [*map(float.__add__, np.vecdot(self._weights_by_output, row).tolist(), self._biases)]
-        highest = max(scores[:3])
-        p = [math.exp(score - highest) for score in scores[:3]]
+        p = [*map(float.__add__, scores[:3], self._of_phrases(said))]
+        highest = max(p)
+        p = [math.exp(score - highest) for score in p]
         total = sum(p)
         p = [share / total for share in p]
 
@@ -213,9 +232,9 @@ class Head:
             p = [(1.0 - say) * own + say * near / total for own, near in zip(p, votes, strict=True)]
         return p, scores[3], similarity, nearest
 
-    def judge(self, vector: Array, described: Array) -> Judgement:
-        """Judge one prompt from its unit vector (dimensions,) and `features.describe` (len(ALL_NAMES),)."""
-        p, log_tokens, similarity, nearest = self._see(vector, described)
+    def judge(self, vector: Array, described: Array, said: Iterable[str]) -> Judgement:
+        """Judge one prompt: its unit vector (dimensions,), `features.describe` (len(ALL_NAMES),), `phrases.said`."""
+        p, log_tokens, similarity, nearest = self._see(vector, described, said)
         difficulty = min(max(0.5 * p[1] + p[2], 0.0), 1.0)
         prompt_class = class_of(difficulty)
         familiar = similarity >= self._familiar_above

@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version as package_version
@@ -29,17 +30,23 @@ from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
-from classifiers import artefact, features
+from classifiers import artefact, features, phrases
 from classifiers.artefact import Artefact
 from classifiers.encoder import DATA_DIRECTORY, Encoder, MiniLMEncoder, StaticEncoder
 from classifiers.head import CLASSES, PLACE, Head, border_distance, class_of, joined, placed
 
-VERSION = "3"
-REGULARISATION = (0.002, 0.003, 0.005)
+VERSION = "4"
 # How much the vector counts beside the features, before regularisation.
 VECTOR_WEIGHT = 0.6
-# How much a direction in which a prompt and its paraphrases differ is held back.
-STEADINESS = 1.0
+# Regularisation, and how much a direction in which a prompt and its paraphrases differ is held back: what is chosen
+# from.
+SETTINGS = ((0.003, 1.0), (0.01, 3.0))
+# A phrase is learned when so many prompts say it, in their own words or in a paraphrase's.
+PHRASE_PROMPTS = 3
+# How much a phrase counts beside the features, before regularisation ...
+PHRASE_WEIGHT = 4.0
+# ... and how much it is held back for each unit of the share of pairs of which one says it and one does not.
+PHRASE_STEADINESS = 20.0
 # Regularisation draws all difficulties to the middle, where the borders are: the scores are stretched by this.
 STRETCH = 2.0
 # Of the scatter of those differences, what is added to every direction when prompts are placed.
@@ -50,40 +57,75 @@ TEST_SHARE = 1 / 3
 # Share of familiar-enough training prompts; the rest counts as unfamiliar.
 FAMILIAR_SHARE = 0.95
 # Share of prompts of unseen kinds for which the transformer is asked.
-TRANSFORMER_SHARE = 0.15
+TRANSFORMER_SHARE = 0.2
 # A flip between difficulties this close is one that a border made.
 SMALL_STEP = 0.15
 
+# No two texts of different kinds may be nearer (cosine, MiniLM).
+MAX_LIKENESS = 0.85
+
 KINDS = {
+    "apis_integration": "APIs and integration",
     "chat": "chat",
+    "chemistry_biology": "chemistry or biology",
     "classify": "classification",
     "code_debug": "debugging",
     "code_write": "coding task",
+    "cooking": "cooking",
     "creative": "creative writing",
+    "critique": "critique",
+    "customer_support": "customer support",
     "data_sql": "data or SQL question",
     "document": "question on a pasted text",
+    "ecommerce": "online shop",
+    "economics_policy": "economics or policy",
+    "engineering": "engineering",
+    "ethics_philosophy": "ethics or philosophy",
     "extraction": "extraction",
     "format": "format conversion",
+    "frontend_web": "web front end",
+    "history_geography": "history or geography",
+    "home_garden": "home and garden",
     "languages": "prompt in another language",
     "legal_finance": "legal or financial question",
     "long_trivial": "small question in a long text",
     "lookup": "factual question",
+    "marketing": "marketing",
     "maths": "mathematics",
+    "media": "books, films, music",
+    "mobile_apps": "mobile app",
+    "people_hr": "people at work",
     "planning": "planning",
     "proofs": "proof or theorem",
+    "recruiting": "recruiting",
     "rewrite": "rewriting",
+    "sales": "sales",
     "science": "science question",
+    "security": "security",
     "short_hard": "terse hard question",
+    "sports": "sports",
+    "spreadsheets": "spreadsheets",
+    "statistics_ml": "statistics or machine learning",
+    "strategy_operations": "strategy or operations",
     "summarise": "summary",
     "system_design": "system design",
+    "testing_qa": "software testing",
     "tool_use": "tool use",
     "translate": "translation",
 }
+
+# These kinds are by the hand that made the features, all others by four further ones.
+FIRST_HAND = (
+    "chat", "classify", "code_debug", "code_write", "creative", "data_sql", "document", "extraction", "format",
+    "languages", "legal_finance", "long_trivial", "lookup", "maths", "planning", "proofs", "rewrite", "science",
+    "short_hard", "summarise", "system_design", "tool_use", "translate",
+)  # fmt: skip
 
 # Written after the features and never used in choosing anything: the last check.
 LATER_KINDS = ("devops", "health", "office", "school", "travel")
 
 Floats = NDArray[np.float64]
+Setting = tuple[float, float]
 Rows = NDArray[np.int64]
 
 
@@ -146,16 +188,24 @@ def read_told(path: Path, prompts: Prompts) -> Told:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Texts as a head sees them: vectors (n, dimensions) and described features (n, len(ALL_NAMES)), float32."""
+    """Texts as a head sees them.
+
+    Vectors (n, dimensions) and described features (n, len(ALL_NAMES)), float32, and what `phrases.said` finds, (n,).
+    """
 
     vectors: NDArray[np.float32]
     described: NDArray[np.float32]
+    said: NDArray[np.object_]
 
     def rows(self, rows: Rows) -> Seen:
-        return Seen(self.vectors[rows], self.described[rows])
+        return Seen(self.vectors[rows], self.described[rows], self.said[rows])
 
     def and_(self, other: Seen) -> Seen:
-        return Seen(np.vstack([self.vectors, other.vectors]), np.vstack([self.described, other.described]))
+        return Seen(
+            np.vstack([self.vectors, other.vectors]),
+            np.vstack([self.described, other.described]),
+            np.concatenate([self.said, other.said]),
+        )
 
     @property
     def joined(self) -> Floats:
@@ -165,7 +215,9 @@ class Seen:
 def see(encoder: Encoder, texts: list[str]) -> Seen:
     read = [features.read(text) for text in texts]
     described = np.stack([features.describe(counted, task) for counted, task in read])
-    return Seen(encoder.encode([task for _, task in read]), described)
+    said = np.empty(len(texts), dtype=object)
+    said[:] = [phrases.said(task) for _, task in read]
+    return Seen(encoder.encode([task for _, task in read]), described, said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,38 +247,72 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """Maps from raw features: columns are the three classes and log(output tokens)."""
+    """Maps from raw features: columns are the three classes and log(output tokens); of phrases the three alone."""
 
     weights: Floats
     bias: Floats
+    phrases: tuple[str, ...]
+    phrase_weights: Floats
+
+    def scores(self, seen: Seen) -> Floats:
+        """Scores of the three classes, (n, 3)."""
+        found: Floats = (seen.joined @ self.weights + self.bias)[:, :3]
+        return np.asarray(found + saying(seen.said, self.phrases) @ self.phrase_weights)
 
 
-def fit_linear(lesson: Lesson, regularisation: float) -> Linear:
+def learned_phrases(lesson: Lesson) -> tuple[str, ...]:
+    """Return the phrases said by at least PHRASE_PROMPTS of the prompts or of their paraphrases, in order."""
+    by_prompt: dict[int, set[str]] = {}
+    for row, said in zip(lesson.rows.tolist(), lesson.seen.said[lesson.rows], strict=True):
+        by_prompt[row] = set(said)
+    for row, said in zip(lesson.sources[lesson.told].tolist(), lesson.retold.said[lesson.told], strict=True):
+        by_prompt[row].update(said)
+    prompts = Counter(phrase for said in by_prompt.values() for phrase in said)
+    return tuple(sorted(phrase for phrase, count in prompts.items() if count >= PHRASE_PROMPTS))
+
+
+def saying(said: NDArray[np.object_], known: tuple[str, ...]) -> NDArray[np.float32]:
+    """Return who says which of the known phrases, (n, len(known)) of 0 and 1."""
+    column = {phrase: at for at, phrase in enumerate(known)}
+    found = np.zeros((len(said), len(known)), dtype=np.float32)
+    for row, of_text in enumerate(said):
+        found[row, [column[phrase] for phrase in of_text if phrase in column]] = 1.0
+    return found
+
+
+def fit_linear(lesson: Lesson, setting: Setting) -> Linear:
     """Fit classes and lengths on prompts and paraphrases.
 
     Before, the space is shrunk in the directions in which a prompt and its paraphrase differ: (1 + a D)^(-1/2), D the
     mean outer product of their differences. Under ridge regularisation that is the penalty a |w (x - x')|^2 on the
-    scores' differences (cf. within-class covariance normalisation, Hatch et al. 2006).
+    scores' differences (cf. within-class covariance normalisation, Hatch et al. 2006). Of phrases the diagonal of D
+    is taken.
     """
+    regularisation, steadiness = setting
     x = lesson.seen.rows(lesson.rows).joined
     scaler = StandardScaler().fit(x)
     width = lesson.seen.vectors.shape[1]
     stretch = np.where(np.arange(x.shape[1]) < width, VECTOR_WEIGHT, 1.0) / np.asarray(scaler.scale_)
-    differences = (
-        lesson.retold.rows(lesson.told).joined - lesson.seen.rows(lesson.sources[lesson.told]).joined
-    )
-    differences *= stretch
-    spread, axes = np.linalg.eigh(differences.T @ differences / max(len(differences), 1))
-    shrink = axes / np.sqrt(1.0 + STEADINESS * np.maximum(spread, 0.0)) @ axes.T
+    told, of_told = lesson.retold.rows(lesson.told), lesson.seen.rows(lesson.sources[lesson.told])
+    differences = (told.joined - of_told.joined) * stretch
+    pairs = max(len(differences), 1)
+    spread, axes = np.linalg.eigh(differences.T @ differences / pairs)
+    shrink = axes / np.sqrt(1.0 + steadiness * np.maximum(spread, 0.0)) @ axes.T
     turn = stretch[:, None] * shrink
-    scaled = (lesson.texts.joined - scaler.mean_) @ turn
+    texts = lesson.texts
+    scaled = (texts.joined - scaler.mean_) @ turn
+    known = learned_phrases(lesson)
+    changed = ((saying(told.said, known) - saying(of_told.said, known)) ** 2).sum(axis=0) / pairs
+    say = PHRASE_WEIGHT / np.sqrt(1.0 + steadiness * PHRASE_STEADINESS * changed)
+    both = np.hstack([scaled, saying(texts.said, known) * say]).astype(np.float32)
     labelled = np.concatenate([lesson.rows, lesson.sources[lesson.told]])
-    classes = LogisticRegression(C=regularisation, class_weight="balanced", max_iter=1000, tol=1e-4)
-    classes.fit(scaled, lesson.prompts.classes[labelled])
+    classes = LogisticRegression(C=regularisation, class_weight="balanced", max_iter=1000, tol=1e-3)
+    classes.fit(both, lesson.prompts.classes[labelled])
     tokens = Ridge(alpha=0.5 / regularisation).fit(scaled, lesson.prompts.log_tokens[labelled])
-    weights = turn @ np.column_stack([STRETCH * classes.coef_.T, tokens.coef_])
+    coefficients = STRETCH * classes.coef_.T
+    weights = turn @ np.column_stack([coefficients[: x.shape[1]], tokens.coef_])
     bias = np.append(STRETCH * classes.intercept_, tokens.intercept_) - scaler.mean_ @ weights
-    return Linear(np.asarray(weights), np.asarray(bias))
+    return Linear(np.asarray(weights), np.asarray(bias), known, say[:, None] * coefficients[x.shape[1] :])
 
 
 def inner_folds(lesson: Lesson) -> list[tuple[Rows, Rows]]:
@@ -235,32 +321,30 @@ def inner_folds(lesson: Lesson) -> list[tuple[Rows, Rows]]:
     return [(lesson.rows[train], lesson.rows[test]) for train, test in folds]
 
 
-def choose(lesson: Lesson) -> float:
-    """Choose the regularisation by errors and flips on kinds held out within the lesson: 1 - macro F1 + flips."""
+def choose(lesson: Lesson) -> tuple[Setting, list[Linear]]:
+    """Choose the setting by errors and flips on kinds held out within the lesson: 1 - macro F1 + flips.
+
+    Returned with what was fitted by it in each of the inner folds.
+    """
     folds = inner_folds(lesson)
     told = lesson.sources[lesson.told]
-
-    def loss(regularisation: float) -> float:
+    found: list[tuple[float, Setting, list[Linear]]] = []
+    for setting in SETTINGS:
         guess = np.zeros(len(lesson.prompts.texts), dtype=np.int64)
         again = np.zeros(len(told), dtype=np.int64)
-        for train, test in folds:
-            linear = fit_linear(lesson.only(train), regularisation)
-
-            def classes(seen: Seen, linear: Linear = linear) -> NDArray[np.int64]:
-                return named(softmax((seen.joined @ linear.weights + linear.bias)[:, :3]))
-
-            guess[test] = classes(lesson.seen.rows(test))
+        fitted = [fit_linear(lesson.only(train), setting) for train, _ in folds]
+        for linear, (_, test) in zip(fitted, folds, strict=True):
+            guess[test] = named(softmax(linear.scores(lesson.seen.rows(test))))
             here = np.isin(told, test)
-            again[here] = classes(lesson.retold.rows(lesson.told[here]))
+            again[here] = named(softmax(linear.scores(lesson.retold.rows(lesson.told[here]))))
         f1 = scores_of(guess[lesson.rows], lesson.prompts.classes[lesson.rows])["macro_f1"]
-        return 1.0 - f1 + float((guess[told] != again).mean())
+        found.append((1.0 - f1 + float((guess[told] != again).mean()), setting, fitted))
+    _, setting, fitted = min(found, key=lambda one: one[0])
+    return setting, fitted
 
-    return min(REGULARISATION, key=loss)
 
-
-def assemble(lesson: Lesson, regularisation: float) -> tuple[dict[str, Any], dict[str, NDArray[Any]], Head]:
-    """Fit a head on a lesson, without calibration: metadata, arrays and the head that they make."""
-    linear = fit_linear(lesson, regularisation)
+def assemble(lesson: Lesson, linear: Linear) -> tuple[dict[str, Any], dict[str, NDArray[Any]], Head]:
+    """Make a head of what was fitted on a lesson, without calibration: metadata, arrays and the head they make."""
     prompts = lesson.seen.rows(lesson.rows)
     width = prompts.vectors.shape[1]
     centre = np.hstack([prompts.vectors.mean(axis=0), prompts.described.mean(axis=0)]).astype(np.float32)
@@ -290,6 +374,8 @@ def assemble(lesson: Lesson, regularisation: float) -> tuple[dict[str, Any], dic
     arrays: dict[str, NDArray[Any]] = {
         "weights": linear.weights.astype(np.float32),
         "bias": linear.bias.astype(np.float32),
+        "phrases": np.frombuffer("\n".join(linear.phrases).encode(), dtype=np.uint8),
+        "phrase_weights": linear.phrase_weights.astype(np.float16),
         "centre": centre,
         "scale": scale,
         "axes": axes,
@@ -328,23 +414,23 @@ class Trained:
     head: Head
     metadata: dict[str, Any]
     arrays: dict[str, NDArray[Any]]
-    regularisation: float
+    setting: Setting
 
 
 def train(lesson: Lesson) -> Trained:
     """Train a head. Calibration and thresholds come from kinds held out within the lesson."""
-    regularisation = choose(lesson)
+    setting, fitted = choose(lesson)
     seen, truth = lesson.seen, lesson.prompts.classes
     p, right, nearest, margins = [], [], [], []
-    for inner, test in inner_folds(lesson):
-        _, _, head = assemble(lesson.only(inner), regularisation)
-        view = head.view(seen.vectors[test], seen.described[test])
+    for linear, (inner, test) in zip(fitted, inner_folds(lesson), strict=True):
+        _, _, head = assemble(lesson.only(inner), linear)
+        view = head.view(seen.vectors[test], seen.described[test], list(seen.said[test]))
         guess = named(view.probabilities)
         p.append(view.probabilities[np.arange(len(test)), guess])
         right.append(guess == truth[test])
         nearest.append(view.similarity)
         margins += [border_distance(d) for d in view.probabilities @ (0.0, 0.5, 1.0)]
-    metadata, arrays, head = assemble(lesson, regularisation)
+    metadata, arrays, head = assemble(lesson, fit_linear(lesson, setting))
     slope, offset = calibrate(np.concatenate(p), np.concatenate(right))
     labelled = arrays["labelled"].astype(np.float32)
     similarity = labelled @ labelled.T
@@ -357,7 +443,7 @@ def train(lesson: Lesson) -> Trained:
     }
     name = f"head-{lesson.encoder}"
     draft = Artefact(name, name, VERSION, lesson.encoder_id, metadata, arrays)
-    return Trained(Head(draft, dimensions=seen.vectors.shape[1]), metadata, arrays, regularisation)
+    return Trained(Head(draft, dimensions=seen.vectors.shape[1]), metadata, arrays, setting)
 
 
 def softmax(scores: Floats) -> Floats:
@@ -391,7 +477,8 @@ class Verdicts:
 def judge(head: Head, seen: Seen) -> Verdicts:
     """Judge prompts one by one, as at run time."""
     judged = [
-        head.judge(vector, described) for vector, described in zip(seen.vectors, seen.described, strict=True)
+        head.judge(vector, described, said)
+        for vector, described, said in zip(seen.vectors, seen.described, seen.said, strict=True)
     ]
     return Verdicts(
         np.array([CLASSES.index(one.prompt_class) for one in judged], dtype=np.int64),
@@ -509,12 +596,20 @@ class Flips:
         return found
 
 
+def by_hand(prompts: Prompts) -> dict[str, NDArray[np.bool_]]:
+    first = np.isin(prompts.kinds, FIRST_HAND)
+    return {"first_hand": first, "further_hands": ~first}
+
+
 def evaluate(lessons: dict[str, Lesson]) -> dict[str, Any]:
     """Score static head, transformer head and the deployed path over random splits of the kinds."""
     prompts, sources = lessons["static"].prompts, lessons["static"].sources
     scores: dict[str, list[dict[str, float]]] = {path: [] for path in (*PATHS, "length_only", "majority")}
     hits: dict[str, dict[str, list[float]]] = {path: {kind: [] for kind in sorted(KINDS)} for path in PATHS}
     flips = Flips()
+    hands = by_hand(prompts)
+    flips_of = {hand: Flips() for hand in hands}
+    f1_of: dict[str, dict[str, list[float]]] = {hand: {path: [] for path in PATHS} for hand in hands}
     for train_rows, test_rows in kind_splits(prompts.kinds):
         heads = {name: train(lesson.only(train_rows)).head for name, lesson in lessons.items()}
         truth = prompts.classes[test_rows]
@@ -530,6 +625,12 @@ def evaluate(lessons: dict[str, Lesson]) -> dict[str, Any]:
             result = scores_of(verdicts.classes, truth)
             flipped = flips.note(path, told, part(verdicts, at), found.after[path])
             result["flips_under_paraphrase"] = float(flipped.mean())
+            for hand, written in hands.items():
+                own, pairs = written[test_rows], np.flatnonzero(written[sources[told]])
+                f1_of[hand][path].append(scores_of(verdicts.classes[own], truth[own])["macro_f1"])
+                flips_of[hand].note(
+                    path, told[pairs], part(verdicts, at[pairs]), part(found.after[path], pairs)
+                )
             result["macro_f1_of_paraphrases"] = scores_of(found.after[path].classes, truth[at])["macro_f1"]
             right = verdicts.classes == truth
             result["calibration_error"] = calibration_error(verdicts.confidence, right)
@@ -561,6 +662,13 @@ def evaluate(lessons: dict[str, Lesson]) -> dict[str, Any]:
         for path in PATHS
     }
     report["flips"] = flips.report(sources)
+    report["by_hand"] = {
+        hand: {
+            "macro_f1": {path: round(float(np.mean(values)), 3) for path, values in f1_of[hand].items()},
+            "flips": flips_of[hand].report(sources),
+        }
+        for hand in hands
+    }
     return report
 
 
@@ -577,10 +685,12 @@ def known_kinds(lessons: dict[str, Lesson], shipped: dict[str, Trained]) -> dict
     heads', the confidence is not calibrated.
     """
     prompts, sources = lessons["static"].prompts, lessons["static"].sources
+    hands = by_hand(prompts)
     fold_of = np.random.default_rng(1).integers(0, INNER_FOLDS, len(prompts.texts))
     report: dict[str, Any] = {}
     for held_out in ("prompts", "wordings"):
         flips, results = Flips(), {path: np.zeros(len(prompts.texts), dtype=np.int64) for path in PATHS}
+        flips_of = {hand: Flips() for hand in hands}
         for fold in range(INNER_FOLDS):
             test = np.flatnonzero(fold_of == fold)
             told = np.flatnonzero(fold_of[sources] == fold)
@@ -590,7 +700,7 @@ def known_kinds(lessons: dict[str, Lesson], shipped: dict[str, Trained]) -> dict
                     learned = lesson.only(np.flatnonzero(fold_of != fold))
                 else:
                     learned = replace(lesson, told=np.setdiff1d(lesson.told, told))
-                heads[name] = assemble(learned, shipped[name].regularisation)[2]
+                heads[name] = assemble(learned, fit_linear(learned, shipped[name].setting))[2]
             heads["static"].transformer_within = shipped["static"].head.transformer_within
             found = judged(
                 heads,
@@ -601,12 +711,32 @@ def known_kinds(lessons: dict[str, Lesson], shipped: dict[str, Trained]) -> dict
             for path in PATHS:
                 results[path][test] = found.before[path].classes
                 flips.note(path, told, part(found.before[path], at), found.after[path])
-        report[f"unseen_{held_out}"] = {"flips": flips.report(sources)}
+                for hand, written in hands.items():
+                    own = np.flatnonzero(written[sources[told]])
+                    flips_of[hand].note(
+                        path, told[own], part(found.before[path], at[own]), part(found.after[path], own)
+                    )
+        report[f"unseen_{held_out}"] = {
+            "flips": flips.report(sources),
+            "flips_by_hand": {hand: of_hand.report(sources) for hand, of_hand in flips_of.items()},
+        }
         if held_out == "prompts":
             report["unseen_prompts"]["scores"] = {
                 path: rounded(scores_of(guess, prompts.classes)) for path, guess in results.items()
             }
     return report
+
+
+def nearest_of_other_kinds(lesson: Lesson) -> float:
+    """Return the highest cosine of two texts of different kinds. Raises ValueError above MAX_LIKENESS."""
+    vectors = np.vstack([lesson.seen.vectors, lesson.retold.vectors])
+    kinds = np.concatenate([lesson.prompts.kinds, lesson.prompts.kinds[lesson.sources]])
+    likeness = np.where(kinds[:, None] == kinds[None, :], -1.0, vectors @ vectors.T)
+    nearest = float(likeness.max())
+    if nearest > MAX_LIKENESS:
+        pair = np.unravel_index(likeness.argmax(), likeness.shape)
+        raise ValueError(f"texts {pair} (prompts, then paraphrases) of two kinds have cosine {nearest:.3f}")
+    return nearest
 
 
 def main() -> None:
@@ -629,6 +759,7 @@ def main() -> None:
     seen_later = {name: see(encoder, later.texts) for name, encoder in encoders.items()}
     retold_later = {name: see(encoder, later_told.texts) for name, encoder in encoders.items()}
 
+    nearest = nearest_of_other_kinds(lessons["minilm"])
     unseen_kinds = evaluate(lessons)
     trained = {name: train(lesson) for name, lesson in lessons.items()}
     on_later = judged({name: one.head for name, one in trained.items()}, seen_later, retold_later)
@@ -643,6 +774,7 @@ def main() -> None:
             **{name: int((prompts.classes == index).sum()) for index, name in enumerate(CLASSES)},
             "paraphrases": len(told.texts),
             "later": len(later.texts),
+            "highest_cosine_of_two_kinds": round(nearest, 3),
         },
         "unseen_kinds": unseen_kinds,
         "known_kinds": known_kinds(lessons, trained),
@@ -665,9 +797,10 @@ def main() -> None:
                 "prompts_sha256": prompts.sha256,
                 "paraphrases": len(told.texts),
                 "paraphrases_sha256": told.sha256,
-                "regularisation": one.regularisation,
+                "regularisation": one.setting[0],
+                "steadiness": one.setting[1],
                 "vector_weight": VECTOR_WEIGHT,
-                "steadiness": STEADINESS,
+                "phrase_weight": PHRASE_WEIGHT,
                 "unseen_kinds": unseen_kinds[name],
                 "made_with": {
                     "scikit-learn": package_version("scikit-learn"),

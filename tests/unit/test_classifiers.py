@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from classifiers import features
+from classifiers import features, phrases
 from classifiers.classifier import Classifier, Verdict
 from classifiers.encoder import DATA_DIRECTORY, REMEMBERED_WORDS, bounded, load_tokenizer
 from classifiers.head import CLASSES, class_of
@@ -282,10 +283,11 @@ def test_all_prompts_are_split_as_by_the_tokenizer_and_judged_as_in_training() -
     vectors = CLASSIFIER.static.encode(tasks)
     described = np.stack([features.describe(counted, task) for counted, task in read])
     head = CLASSIFIER._static_head
-    view = head.view(vectors, described)
+    said = [phrases.said(task) for task in tasks]
+    view = head.view(vectors, described, said)
     difficulties = view.probabilities @ (0.0, 0.5, 1.0)
     for at, (vector, row) in enumerate(zip(vectors, described, strict=True)):
-        judgement = head.judge(vector, row)
+        judgement = head.judge(vector, row, said[at])
         assert judgement.probabilities == pytest.approx(view.probabilities[at].tolist(), abs=1e-5)
         assert judgement.prompt_class == class_of(difficulties[at])
         assert judgement.kind == head._kinds[head._labelled_kinds[view.nearest[at]]]
@@ -445,11 +447,43 @@ def test_courtesies_are_no_part_of_the_task() -> None:
 
 
 def test_no_prompt_is_nearly_one_of_another_kind() -> None:
-    rows = rows_of("prompts/*.jsonl") + rows_of("paraphrases.jsonl")
-    kinds = np.array([row["kind"] for row in rows])
-    vectors = CLASSIFIER.minilm.encode([features.focus(row["text"]) for row in rows])
+    """Training compares all texts; here some prompts are, for all take a minute."""
+    recorded_texts = recorded()["prompts"]
+    assert recorded_texts["highest_cosine_of_two_kinds"] <= 0.85
+    rows = rows_of("prompts/*.jsonl")
+    head = json.loads((DATA_DIRECTORY / "head-static.json").read_text())["metadata"]
+    digest = hashlib.sha256()
+    for path in sorted(DATA_DIRECTORY.glob("prompts/*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            digest.update(line.encode())
+    assert head["prompts_sha256"] == digest.hexdigest()
+    told = (DATA_DIRECTORY / "paraphrases.jsonl").read_bytes()
+    assert head["paraphrases_sha256"] == hashlib.sha256(told).hexdigest()
+    some = random.Random(0).sample(rows, 400)
+    kinds = np.array([row["kind"] for row in some])
+    vectors = CLASSIFIER.minilm.encode([features.read(row["text"])[1] for row in some])
     near = (vectors @ vectors.T > 0.85) & (kinds[:, None] != kinds[None, :])
-    assert [(rows[a]["text"], rows[b]["text"]) for a, b in np.argwhere(near) if a < b] == []
+    assert [(some[a]["text"], some[b]["text"]) for a, b in np.argwhere(near) if a < b] == []
+
+
+def test_phrases_are_words_and_pairs_in_order() -> None:
+    assert phrases.said("Don\u2019t add 12 or 40, add") == (
+        "don't", "add", "0", "or", "don't add", "add 0", "0 or", "or 0", "0 add",
+    )  # fmt: skip
+    assert phrases.said("Why?") == ("why", "?", "why ?")
+    assert phrases.said("") == phrases.said("_ .") == ()
+
+
+def test_a_head_learned_phrases_and_says_which_demand_more() -> None:
+    head = CLASSIFIER._static_head
+    assert len(head._phrases) >= 1000
+    assert len(next(iter(head._phrases.values()))) == len(CLASSES)
+
+    def leans(phrase: str) -> float:
+        weights = head._phrases[phrase]
+        return float(weights[2] - weights[0])
+
+    assert leans("prove") > 0.1 > -0.1 > leans("one sentence")
 
 
 def test_the_task_is_found_within_a_pasted_text() -> None:
