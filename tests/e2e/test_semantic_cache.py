@@ -331,7 +331,7 @@ def test_certified_measures_until_its_labels_hold_the_bound(semantic: Gateway, p
                         "propensity": 1.0,
                         "source": "agreement",
                         "at": datetime.now(UTC),
-                        "key_id": "k",
+                        "key_id": f"key-{number % 2}",  # no key's labels count for more than all others'
                         "team": "proven",
                         "revision": 1,
                     }
