@@ -565,8 +565,9 @@ def _pays(exchange: Exchange) -> bool:
 
 
 def _bare(text: str) -> str:
-    """The words of a text without courtesies, as the guard reads them; a longer one than it reads as it is."""
-    return " ".join(guard.read(text).words if len(text) <= guard.MAX_CHARACTERS else text.casefold().split())
+    """A text without courtesies, case and punctuation around words."""
+    words = (word.strip(".,;:!?") for word in text.casefold().split())
+    return " ".join(word for word in words if word and word not in guard.COURTESY)
 
 
 async def _comparable(stored: StoredAnswer, request: ChatRequest) -> Mapping[str, Any] | None:
