@@ -26,6 +26,8 @@ UNFAMILIAR = 0.8
 
 # Dimensions of the space in which labelled prompts are compared.
 PLACE = 48
+# So many labelled prompts are compared at once: OpenBLAS starts no threads for a product of fewer than 9,216 numbers.
+BLOCK = 128
 # Similarity of two prompts: this share from the vectors' cosine (about the mean), the rest from that of the features.
 VECTOR_SHARE = 0.7
 # Below the first similarity a labelled prompt has no say, above the second it decides.
@@ -134,7 +136,10 @@ class Head:
             self._feature_scale: Array = self._scale[dimensions:]
             self._axes: Array = np.ascontiguousarray(arrays["axes"], dtype=np.float32)
             labelled = arrays["labelled"]
-            self._labelled_by_axis: Array = np.ascontiguousarray(labelled.T, dtype=np.float32)
+            self._labelled: Array = np.ascontiguousarray(labelled, dtype=np.float32)
+            blocks = np.zeros((-(-len(labelled) // BLOCK), BLOCK, PLACE), dtype=np.float32)
+            blocks.reshape(-1, PLACE)[: len(labelled)] = self._labelled
+            self._labelled_blocks: Array = blocks
             labels = arrays["labelled_classes"].astype(np.int64)
             self._labelled_kinds = arrays["labelled_kinds"].astype(np.int64)
             self._kinds = tuple(str(words) for words in metadata["kinds"])
@@ -172,7 +177,7 @@ class Head:
         p = np.exp(scores[:, :3] - scores[:, :3].max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
         joint = joined(vectors, described, self._centre, self._scale)
-        similarity = products(placed(joint, self._axes), self._labelled_by_axis.T)
+        similarity = products(placed(joint, self._axes), self._labelled)
         nearest = similarity.argmax(axis=1)
         top = similarity[np.arange(len(nearest)), nearest]
         # Scripts that the encoders hardly know give all texts one vector: no likeness follows from it.
@@ -200,7 +205,7 @@ class Head:
 
         The gateway asks for every request, and most of `view`'s time goes into calls of NumPy for arrays of one row.
         Here single numbers are Python's, and no product starts the threads of BLAS, which cost milliseconds on a busy
-        machine: `vecdot` is quick for few long rows, `einsum` down the columns for many short ones.
+        machine: `vecdot` is quick for few long rows, blocks below what BLAS has threads for are for many short ones.
         """
         width = len(vector)
         row = np.concatenate((vector, described))
@@ -219,7 +224,7 @@ class Head:
         f *= _FEATURES_TO_VECTOR * max(math.sqrt(v.dot(v)), 1e-9) / max(math.sqrt(f.dot(f)), 1e-9)
         place = np.vecdot(self._axes, row)
         length = max(math.sqrt(place.dot(place)), 1e-9)
-        likeness = np.einsum("ji,j->i", self._labelled_by_axis, place)
+        likeness = (self._labelled_blocks @ place).reshape(-1)[: len(self._labels)]
 
         nearest = int(likeness.argmax())
         best = likeness.item(nearest) / length
