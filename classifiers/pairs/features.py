@@ -359,7 +359,7 @@ def reasons(a: ReadPrompt, b: ReadPrompt) -> tuple[str, ...]:
         return found
     if "wording" not in found and _literal(a, b):
         found += ("wording",)
-    if "order" not in found and _exchanged(a.clause, b.clause):
+    if "order" not in found and (_exchanged(a.clause, b.clause) or _numbers_turned(x, y)):
         found += ("order",)
     if a.past != b.past and a.lemmas == b.lemmas:
         found += ("tense",)
@@ -454,6 +454,11 @@ def _exchanged(a: Clause, b: Clause) -> bool:
     ):
         return True  # "How many sharks lose teeth?", "How many teeth does a shark lose?"
     return _in_other_order(subject.head, other.head + other.rest)
+
+
+def _numbers_turned(a: guard.Reading, b: guard.Reading) -> bool:
+    """Tell whether numbers have changed places among the same words ("8 minus 3")."""
+    return a.numbers != b.numbers and sorted(a.words) == sorted(b.words)
 
 
 def _passive_turned(passive: Clause, active: Clause) -> bool:

@@ -1099,12 +1099,8 @@ def turned(a: tuple[str, str], b: tuple[str, str]) -> bool:
 
 
 def swapped(a: Reading, b: Reading) -> bool:
-    """Tell whether the same words stand in another order around a word that gives the order a meaning, or numbers
-    among them do ("8 minus 3").
-    """
-    if a.words == b.words or len(a.words) != len(b.words):
-        return False
-    if DIRECTED.isdisjoint(a.words) and a.numbers == b.numbers:
+    """Tell whether the same words stand in another order around a word that gives the order a meaning."""
+    if a.words == b.words or len(a.words) != len(b.words) or DIRECTED.isdisjoint(a.words):
         return False
     return sorted(a.words) == sorted(b.words)
 

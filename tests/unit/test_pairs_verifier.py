@@ -166,6 +166,7 @@ def test_what_takes_the_lexicon_to_see_is_refused(verifier: Verifier, a: str, b:
         ("What causes inflation?", "What does inflation cause?"),
         ("Which company acquired Slack?", "Which company did Slack acquire?"),
         ("Who taught Plato?", "Who did Plato teach?"),
+        ("What is 8 minus 3?", "What is 3 minus 8?"),
         ("Who founded Anthropic?", "Who did Anthropic found?"),
         ("Who reports to Tom?", "Who does Tom report to?"),
         ("What depends on numpy?", "What does numpy depend on?"),
@@ -192,6 +193,7 @@ def test_who_does_it_is_not_to_whom_it_is_done(verifier: Verifier, a: str, b: st
     ("a", "b"),
     [
         ("What does DNS mean?", "Tell me what DNS means"),
+        ("Shall I pay 8 or 3?", "Pay 8 or 3?"),
         ("Which companies did Slack acquire?", "Which companies has Slack acquired?"),
         ("Which companies did Slack acquire?", "Which companies were acquired by Slack?"),
         ("Who taught Plato?", "Who was Plato taught by?"),
