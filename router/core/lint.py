@@ -573,6 +573,13 @@ class _Advice:
     def _learning(self) -> Iterator[Problem]:
         learn = self.policy.learn
         checked = [path for path, entry in _settings(self.policy) if entry.cache.check]
+        certifies = self.snapshot.learn is not None and self.snapshot.learn.certifies
+        if learn is not None and certifies and learn.shadow == 0:
+            yield self._policy(
+                ("learn",),
+                "no requests are compared, so a class that asks for confidence stays with its reference",
+                "add shadow: 2%, a budget and a judge, or remove confidence",
+            )
         if learn is not None and learn.judge is not None:
             if learn.shadow == 0 and not checked:
                 yield self._policy(

@@ -462,6 +462,9 @@ def test_learning_that_does_nothing_or_cannot_be_bounded_is_warned_about() -> No
     assert "no shadow answers to judge; add shadow" in warning(found, "learn.judge")
     found = loaded(policy=policy("{ budget: { month: 100 } }"))
     assert "nothing is spent on learning; add shadow" in warning(found, "learn.budget")
+    sure = ("medium:  { min_quality: 0.90,", "medium:  { min_quality: 0.90, confidence: 95%,")
+    found = loaded(policy=policy("{}", *sure))
+    assert "stays with its reference; add shadow" in warning(found, "learn")
     check = ("scope: team }", "scope: team, check: 5% }")
     found = loaded(policy=policy("{ budget: { month: 100 }, judge: frontier }", *check))
     assert not [w for w in found.warnings if w.path in ("learn.budget", "learn.judge")], (
