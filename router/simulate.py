@@ -826,6 +826,8 @@ class Simulator:
                         await _piece(line.send, b"", more=False)
                         return
                     elif fault == "error_midstream":
+                        # What is read at once with it broke before anything of it was passed on.
+                        await line.wait(_BEFORE_RESET)
                         await out(b"data: " + _dump({"error": _SIMULATED_ERROR}) + b"\n\n")
                         await _piece(line.send, b"", more=False)
                         return
@@ -937,7 +939,7 @@ def _pieces(answers: Sequence[_Answer], logprobs: bool) -> Iterable[tuple[str, i
 
 _TRANSPORT = "farthing.reset"
 _BEFORE_RESET = 0.3
-"""Seconds between the first half of an answer and the reset that breaks it off."""
+"""Seconds between the first half of an answer and the reset or the error that breaks it off."""
 
 
 def _writer(line: _Line, fault: str | None) -> Callable[[bytes], Awaitable[None]]:
