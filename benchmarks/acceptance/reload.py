@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import re
 import time
@@ -111,6 +112,17 @@ def probes(ask_it: Asker, provider: Provider) -> dict[str, tuple[Probe, Any, Any
         with ask_it.gateway.engine.connect() as connection:
             return connection.execute(sa.select(request_features).where(wanted)).first() is not None
 
+    shown = json.loads((REPOSITORY / "policies" / "demo" / "reworded.json").read_text())
+    rewordings = iter([example for example in shown if example["same"]])
+
+    def by_likeness() -> str:
+        """How a question is answered that was answered in other words before; another one each time."""
+        example = next(rewordings)
+        key = ask_it.gateway.key("search", "faq-bot")
+        ask_it.row(ask_it.gateway.chat(key, example["stored"], max_tokens=60))
+        time.sleep(2)  # until what was answered can be found
+        return ask_it.gateway.chat(key, example["asked"], max_tokens=60).headers["x-farthing-cache"]
+
     return {
         "01": (lambda: under("support", None, "team:support"), False, True),
         "02": (lambda: model("search", model="gpt-4o"), "gpt-4o", "403"),
@@ -123,6 +135,7 @@ def probes(ask_it: Asker, provider: Provider) -> dict[str, tuple[Probe, Any, Any
         "09": (failing_small, "mini", "gpt-4o"),
         "10": (lambda: model("support", model="frontier") != "frontier", False, True),
         "11": (kept_to_learn_from, False, True),
+        "12": (by_likeness, "miss", "semantic"),
     }
 
 
