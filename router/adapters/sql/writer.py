@@ -298,10 +298,11 @@ class LedgerWriter:
             self.committed += len(ids)
             self._unfinished.committed(ids)
             self._batch = []
-            self._frames_done = self._reader.frames_read + self._reader.skipped
             for number in self._unfinished.spent_segments(before=self._reader.segment):
                 segment_path(self._journal.folder, number).unlink(missing_ok=True)
                 del self._unfinished.by_segment[number]
+            # Last: who waits for it in `flush` finds everything done.
+            self._frames_done = self._reader.frames_read + self._reader.skipped
 
     def _book_waiting(self) -> None:
         """What a full disk did not take goes straight to SQL, which may have a disk of its own."""
