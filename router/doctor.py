@@ -43,7 +43,7 @@ from router.adapters.sql.writer import REJECTED_FILE
 from router.core.compile import CompiledSnapshot
 from router.core.errors import ConfigurationError, FarthingError
 from router.core.policy import ProviderSpec
-from router.settings import Settings, without_password
+from router.settings import MIN_SECRET, Settings, without_password
 
 Level = Literal["OK", "WARN", "FAIL"]
 
@@ -52,7 +52,6 @@ LITTLE_DISK, NO_DISK = 1024**3, 64 * 1024**2
 REACH_SECONDS = 3.0
 REDIS_SECONDS = 2.0
 CLOCK_SECONDS = 2.0
-SHORT_ADMIN_KEY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +171,11 @@ def _secret(settings: Settings) -> Findings:
             yield Finding(
                 "OK", "secret", f"from {path}, which only you can read; keep a copy with your backups"
             )
-    if settings.admin_key is not None and len(settings.admin_key) < SHORT_ADMIN_KEY:
+    if settings.admin_key is not None and len(settings.admin_key) < MIN_SECRET:
         yield Finding(
             "WARN",
             "secret",
-            f"FARTHING_ADMIN_KEY is shorter than {SHORT_ADMIN_KEY} characters and could be guessed. Use the output "
+            f"FARTHING_ADMIN_KEY is shorter than {MIN_SECRET} characters and could be guessed. Use the output "
             "of 'openssl rand -hex 32'.",
         )
 

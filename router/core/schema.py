@@ -30,6 +30,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from router.core.document import Document, Problem, dotted
+from router.core.types import CALLER_NAME, TAG
 
 CAPABILITIES = frozenset({"tools", "json_schema", "vision", "audio", "file"})
 """What a request can need of a model beyond text (`stages/normalise.py` finds them).
@@ -44,10 +45,6 @@ _DURATION = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?(ms|s|m|h|d)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+ -]{0,99}")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+/-]{0,199}")
-# What an API key can carry: a team or app of another name would never be met.
-_CALLER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-# What a caller may send in x-farthing-tags.
-_TAG = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}")
 _ENVIRONMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _SECRET_WORD = re.compile(r"(?i)(api_?key|secret|token|password|credential)")
@@ -378,13 +375,13 @@ Name = Annotated[
 ]
 CallerName = Annotated[
     str,
-    BeforeValidator(_matching(_CALLER, "a name that a key can carry (letters, digits, . _ -)", "search")),
-    _json("string", pattern=f"^{_CALLER.pattern}$"),
+    BeforeValidator(_matching(CALLER_NAME, "a name that a key can carry (letters, digits, . _ -)", "search")),
+    _json("string", pattern=f"^{CALLER_NAME.pattern}$"),
 ]
 TagName = Annotated[
     str,
-    BeforeValidator(_matching(_TAG, "a tag (a-z, 0-9, _ . -)", "pii")),
-    _json("string", pattern=f"^{_TAG.pattern}$"),
+    BeforeValidator(_matching(TAG, "a tag (a-z, 0-9, _ . -)", "pii")),
+    _json("string", pattern=f"^{TAG.pattern}$"),
 ]
 ModelName = Annotated[
     str, BeforeValidator(_matching(_MODEL_NAME, "a model's name", "gpt-4o")), _json("string")
@@ -713,9 +710,9 @@ class When(Entry):
         json_schema_extra={
             "additionalProperties": False,
             "patternProperties": {
-                rf"^tag\.{_TAG.pattern}$": {
+                rf"^tag\.{TAG.pattern}$": {
                     "type": "array",
-                    "items": {"type": "string", "pattern": f"^{_TAG.pattern}$"},
+                    "items": {"type": "string", "pattern": f"^{TAG.pattern}$"},
                 }
             },
         },
@@ -729,11 +726,11 @@ class When(Entry):
     @model_validator(mode="after")
     def _known(self) -> When:
         for key, values in self.__pydantic_extra__.items():
-            if key.startswith("tag.") and _TAG.fullmatch(key[4:].lower()) and key != key.lower():
+            if key.startswith("tag.") and TAG.fullmatch(key[4:].lower()) and key != key.lower():
                 raise wrong(
                     f"callers send tags in lower case, {shown(key)} is never met", f"write {key.lower()}"
                 )
-            if not key.startswith("tag.") or _TAG.fullmatch(key[4:]) is None:
+            if not key.startswith("tag.") or TAG.fullmatch(key[4:]) is None:
                 remedy = did_you_mean(key, ("team", "app", "time", f"tag.{key}"))
                 raise PydanticCustomError(
                     "farthing",

@@ -7,6 +7,7 @@ record, a Decimal in USD per million tokens. Durations are seconds as float unle
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -38,6 +39,10 @@ PROMPT_CLASSES: tuple[PromptClass, ...] = ("simple", "medium", "complex")
 
 CacheOutcome = Literal["miss", "exact", "semantic"]
 RequestStatus = Literal["complete", "failed", "cut", "cancelled"]
+TAG = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+"""The key or value of a tag, as callers send and policies name it."""
+CALLER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+"""The name of a team or app, as a key carries and a policy names it."""
 AUTO = "auto"
 """The model's name by which a caller lets the gateway choose."""
 AttemptOutcome = Literal["complete", "failed", "timeout", "cut", "cancelled"]

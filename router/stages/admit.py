@@ -12,12 +12,11 @@ from msgspec import Struct
 
 from router.core.errors import InvalidRequest, NotAuthenticated, Overloaded, UnavailableError
 from router.core.ports import KeyDirectory
-from router.core.types import NANO_PER_USD, Caller, NanoUSD
+from router.core.types import NANO_PER_USD, TAG, Caller, NanoUSD
 
 MAX_KEY_LENGTH = 512
 MAX_CALLER_REQUEST_ID = 128
 MAX_TAGS = 16
-_TAG = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _PRINTABLE = re.compile(r"[\x21-\x7e]+")
 _PLAIN_DECIMAL = re.compile(r"[0-9]{1,16}(\.[0-9]{1,16})?")
 
@@ -136,7 +135,7 @@ def _tags(text: str | None) -> dict[str, frozenset[str]]:
     for pair in pairs:
         key, separator, value = pair.partition("=")
         key, value = key.strip(), value.strip()
-        if not separator or not _TAG.fullmatch(key) or not _TAG.fullmatch(value):
+        if not separator or not TAG.fullmatch(key) or not TAG.fullmatch(value):
             raise InvalidRequest(
                 "'x-farthing-tags' takes pairs like data=pii, split by commas; names hold a-z, 0-9, '_', '.', '-'.",
                 param="x-farthing-tags",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import secrets
 import threading
 import time
@@ -23,7 +22,7 @@ from router.adapters.sql.database import unavailable, writing
 from router.adapters.sql.ledger import mapping_json
 from router.adapters.sql.schema import api_keys
 from router.core.errors import ConfigurationError, UnavailableError
-from router.core.types import Caller
+from router.core.types import CALLER_NAME, Caller
 from router.stages.admit import key_hash
 
 log = logging.getLogger(__name__)
@@ -36,8 +35,6 @@ MISS_SECONDS = 1.0
 MAX_MISSES = 10_000
 LOOKUPS_PER_SECOND = 50.0
 LOOKUP_SECONDS = 2.0
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +163,7 @@ def _store(
 
 
 def _check_name(field: str, name: str) -> None:
-    if not _NAME.fullmatch(name):
+    if not CALLER_NAME.fullmatch(name):
         raise ConfigurationError(
             f"{field}: a name has 1 to 63 letters, digits, '.', '_' or '-' and begins with a letter or digit"
         )
