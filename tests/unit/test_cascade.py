@@ -209,18 +209,23 @@ async def test_both_calls_share_the_first_ones_time() -> None:
     assert told(made.record) == [("cheap", "complete", None), ("strong", "timeout", "timeout")]
 
 
-async def test_a_client_that_leaves_before_the_verdict_was_served_nothing() -> None:
-    made = rig(cheap=Script(said(NO)), strong=Script(30.0))
+async def left_during_the_call_of(model: str, made: RoutedRig) -> RequestRecord:
+    """What is booked where the client leaves once `model` has been asked after the cheap one."""
 
     async def ask() -> None:
         await head_and_body(made)
 
     asking = asyncio.ensure_future(ask())
-    await eventually(lambda: made.models_called() == ["cheap", "strong"])
+    await eventually(lambda: made.models_called() == ["cheap", model])
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
     (record,) = await eventually(lambda: made.journal.settled)
+    return record
+
+
+async def test_a_client_that_leaves_before_the_verdict_was_served_nothing() -> None:
+    record = await left_during_the_call_of("strong", rig(cheap=Script(said(NO)), strong=Script(30.0)))
     assert (record.status, record.error) == ("cancelled", "client_left")
     assert told(record) == [("cheap", "complete", "escalated"), ("strong", "cancelled", "client left")]
     assert record.cost >= CHEAP
@@ -228,16 +233,7 @@ async def test_a_client_that_leaves_before_the_verdict_was_served_nothing() -> N
 
 async def test_a_client_that_leaves_while_its_answer_is_verified_was_served_nothing() -> None:
     made = rig("third", cheap=Script(said("Fine.")), third=Script(30.0))
-
-    async def ask() -> None:
-        await head_and_body(made)
-
-    asking = asyncio.ensure_future(ask())
-    await eventually(lambda: made.models_called() == ["cheap", "third"])
-    asking.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await asking
-    (record,) = await eventually(lambda: made.journal.settled)
+    record = await left_during_the_call_of("third", made)
     assert (record.status, record.error) == ("cancelled", "client_left")
     assert told(record)[0] == ("cheap", "complete", "not sent")
     assert serving(record.attempts) is None

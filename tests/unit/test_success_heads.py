@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,6 +155,16 @@ def test_damaged_or_foreign_heads_are_refused(heads: SuccessHeads, tmp_path: Pat
         SuccessHeads.load(path, encoder_id=ENCODER)
 
 
+def with_arrays(heads: SuccessHeads, arrays: dict[str, Any]) -> SuccessHeads:
+    return SuccessHeads(
+        models=heads.models,
+        classes=heads.classes,
+        encoder_id=ENCODER,
+        arrays=arrays,
+        metadata=heads.metadata,
+    )
+
+
 @pytest.mark.parametrize(
     ("array", "value"),
     [("children", 10**6), ("leaf", 10**6), ("feature", 10**4), ("roots", -1)],
@@ -162,13 +173,7 @@ def test_trees_that_point_outside_are_refused(heads: SuccessHeads, array: str, v
     arrays = {name: stored.copy() for name, stored in heads.arrays.items()}
     arrays[array].reshape(-1)[0] = value
     with pytest.raises(ArtefactError, match="outside"):
-        SuccessHeads(
-            models=heads.models,
-            classes=heads.classes,
-            encoder_id=ENCODER,
-            arrays=arrays,
-            metadata=heads.metadata,
-        )
+        with_arrays(heads, arrays)
 
 
 def test_trees_that_run_in_a_circle_are_refused(heads: SuccessHeads) -> None:
@@ -176,13 +181,7 @@ def test_trees_that_run_in_a_circle_are_refused(heads: SuccessHeads) -> None:
     root = int(arrays["roots"][0])
     arrays["children"][arrays["children"][root, 0]] = root
     with pytest.raises(ArtefactError, match="two parents"):
-        SuccessHeads(
-            models=heads.models,
-            classes=heads.classes,
-            encoder_id=ENCODER,
-            arrays=arrays,
-            metadata=heads.metadata,
-        )
+        with_arrays(heads, arrays)
 
 
 def test_arrays_of_the_wrong_shape_or_other_features_are_refused(heads: SuccessHeads) -> None:
